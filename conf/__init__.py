@@ -1,0 +1,1 @@
+"""Complete YAML, composed by Hydra."""

@@ -1,0 +1,1 @@
+"""Bytes in, batches out: shards, catalogue, plan, decoding, the procedural world."""

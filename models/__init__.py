@@ -1,0 +1,1 @@
+"""Pure torch: video VAE, diffusion transformer, flow, text and sampler."""

@@ -1,0 +1,1 @@
+"""The loop, its objectives and engines, and what is read off a run."""
