@@ -1,0 +1,131 @@
+"""Captions to embeddings, as the stock Wan pipeline does it.
+
+Two kinds: `bytes`, a small UMT5 encoder over ByT5's byte tokens that is trained with the DiT and
+needs no vocabulary file, and `pretrained`, any T5 or UMT5 encoder of transformers, frozen.
+transformers is imported when an encoder or tokenizer is built, not before.
+"""
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the encoder. `max_length` counts tokens with the end mark and is fixed for a run.
+
+    With kind `pretrained`, `path` is a hub id or folder and the other sizes are read from it.
+    """
+
+    kind: Literal["bytes", "pretrained"] = "bytes"
+    max_length: int = 128
+    d_model: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    d_ff: int = 256
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bytes", "pretrained"):
+            raise ValueError(f"text.kind={self.kind} must be bytes or pretrained")
+        if self.max_length < 1:
+            raise ValueError(f"text.max_length={self.max_length} must be at least 1")
+        if self.kind == "pretrained" and not self.path:
+            raise ValueError("text.path is empty: text.kind=pretrained needs a hub id or a folder")
+        if self.kind == "bytes" and self.d_model % self.num_heads:
+            raise ValueError(
+                f"text.d_model={self.d_model} must be divisible by text.num_heads={self.num_heads}"
+            )
+
+
+def clean_caption(caption: str) -> str:
+    """Repair broken Unicode, undo HTML escapes twice, and squeeze white space."""
+    import ftfy
+
+    caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return re.sub(r"\s+", " ", caption.strip()).strip()
+
+
+class Tokenizer:
+    """Captions → token ids without padding, cleaned, with the end mark, cut at `max_length`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        from transformers import AutoTokenizer, ByT5Tokenizer
+
+        self.config = config
+        self.tokenizer: Any = (
+            ByT5Tokenizer()
+            if config.kind == "bytes"
+            else AutoTokenizer.from_pretrained(config.path)
+        )
+
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        """Ids (L,) int64 of each caption; "" gives the end mark alone."""
+        cleaned = [clean_caption(caption) for caption in captions]
+        ids = self.tokenizer(
+            cleaned, max_length=self.config.max_length, truncation=True, add_special_tokens=True
+        ).input_ids
+        return [torch.tensor(row, dtype=torch.int64) for row in ids]
+
+
+class TextEncoder(nn.Module):
+    """Token ids → embeddings (B, max_length, d_model), zero after each caption's end."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        self.config = config
+        if config.kind == "pretrained":
+            self.encoder: Any = _load_encoder(config.path).eval().requires_grad_(False)
+            return
+        self.encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=384,  # 256 bytes, 3 marks, 125 spare ids of ByT5
+                d_model=config.d_model,
+                d_kv=config.d_model // config.num_heads,
+                d_ff=config.d_ff,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=False,
+            )
+        )
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embeddings."""
+        return int(self.encoder.config.d_model)
+
+    def forward(self, ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Ids of each caption (L,) → embeds (B, max_length, D), lens (B,) on the CPU.
+
+        ValueError for a caption longer than `max_length`.
+        """
+        lens = torch.tensor([len(row) for row in ids])
+        longest, limit = int(lens.max()), self.config.max_length
+        if longest > limit:
+            raise ValueError(f"caption of {longest} tokens: text.max_length={limit} is the limit")
+        device = self.encoder.get_input_embeddings().weight.device
+        padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)  # (B, longest)
+        mask = torch.arange(longest)[None] < lens[:, None]
+        mask = mask.to(device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.kind == "bytes"):
+            embeds = self.encoder(padded, mask.long()).last_hidden_state
+        embeds = embeds * mask[..., None]
+        return nn.functional.pad(embeds, (0, 0, 0, limit - longest)), lens
+
+
+def _load_encoder(path: str) -> nn.Module:
+    from transformers import AutoConfig, T5EncoderModel, UMT5EncoderModel
+
+    kind = AutoConfig.from_pretrained(path).model_type
+    if kind not in ("t5", "umt5"):
+        raise ValueError(f"text.path={path} holds a {kind} model: only t5 and umt5 encoders work")
+    return (UMT5EncoderModel if kind == "umt5" else T5EncoderModel).from_pretrained(path)
