@@ -1,0 +1,75 @@
+"""Exponential moving average of the fp32 master parameters, sharded as the strategy shards them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from longtake.train.engine import Engine
+from longtake.train.strategy import StateRange, StateReader
+
+
+class Ema:
+    """Running mean of the parameters: each rank keeps the mean of the ranges it owns."""
+
+    def __init__(self, engine: Engine, decay: float) -> None:
+        """Starts at the engine's present parameters; decay lies in [0, 1)."""
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ema.decay={decay} must lie in [0, 1)")
+        self.decay = decay
+        self.is_swapped = False
+        self.parameters = trainable_ranges(engine)
+        self.means = [owned.tensor.detach().clone() for owned in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes the parameters after optimizer step `step` (from 1) into the mean.
+
+        The decay grows as min(decay, (1 + step) / (10 + step)), so that the first weights, which
+        are noise, are forgotten early (the schedule of TensorFlow's ExponentialMovingAverage).
+        """
+        assert not self.is_swapped, "the module holds the mean itself"
+        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        if self.means:
+            torch._foreach_lerp_(self.means, [owned.tensor for owned in self.parameters], weight)
+
+    def owned_ranges(self) -> Iterator[StateRange]:
+        """The ranges of kind `ema` that this rank writes to a checkpoint."""
+        assert not self.is_swapped, "the mean is in the module"
+        for owned, mean in zip(self.parameters, self.means, strict=True):
+            yield replace(owned, kind="ema", tensor=mean)
+
+    @torch.no_grad()
+    def load_ranges(self, reader: StateReader) -> None:
+        """Reads the mean; from the parameters where the checkpoint holds none."""
+        for owned, mean in zip(self.parameters, self.means, strict=True):
+            kind = "param" if reader.shape("ema", owned.name) is None else "ema"
+            mean.copy_(reader.read(kind, owned.name, owned.start, owned.stop))
+
+    @contextmanager
+    def swapped(self, engine: Engine) -> Iterator[None]:
+        """Within it the module computes with the mean; all ranks enter and leave together."""
+        self.exchange(engine)
+        try:
+            yield
+        finally:
+            self.exchange(engine)
+
+    @torch.no_grad()
+    def exchange(self, engine: Engine) -> None:
+        """Swaps the contents of parameters and mean: one tensor of extra memory."""
+        for owned, mean in zip(self.parameters, self.means, strict=True):
+            parameter = owned.tensor.clone()
+            owned.tensor.copy_(mean)
+            mean.copy_(parameter)
+        self.is_swapped = not self.is_swapped
+        engine.refresh()
+
+
+def trainable_ranges(engine: Engine) -> list[StateRange]:
+    """The owned ranges of the trainable parameters, as live views."""
+    ranges = engine.owned_ranges()
+    return [r for r in ranges if r.kind == "param" and r.name in engine.shapes]

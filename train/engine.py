@@ -1,0 +1,179 @@
+"""The engine: one small class that trains a module alike under every strategy.
+
+Whatever the strategy, master parameters are fp32, bf16 comes by autocast, gradients are SUMS over
+ranks and micro-batches, reduced once per step and clipped by global norm after the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from longtake.train.ddp_engine import ReplicatedStrategy
+from longtake.train.optim import OptimConfig
+from longtake.train.ranks import Ranks, init_distributed, shutdown, single_process
+from longtake.train.strategy import StateRange, StateReader, StepResult, Strategy, whole
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "Ranks",
+    "StateRange",
+    "StateReader",
+    "StepResult",
+    "init_distributed",
+    "shutdown",
+    "single_process",
+]
+
+STRATEGIES = ("ddp", "deepspeed")
+PRECISIONS = ("bf16", "fp32")
+OFFLOADS = ("none", "cpu")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the state is held on the ranks; the losses do not depend on it."""
+
+    strategy: str  # ddp | deepspeed
+    zero_stage: int  # deepspeed only: 0 replicate, 1 shard moments, 2 gradients, 3 parameters
+    precision: str  # bf16: autocast over fp32 master weights | fp32
+    offload: str  # deepspeed stages 1-3: none | cpu, where moments and masters live
+
+    def __post_init__(self) -> None:
+        choices = (("strategy", STRATEGIES), ("precision", PRECISIONS), ("offload", OFFLOADS))
+        for key, allowed in choices:
+            if getattr(self, key) not in allowed:
+                rule = f"must be one of {', '.join(allowed)}"
+                raise ValueError(f"engine.{key}={getattr(self, key)} {rule}")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"engine.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        if self.strategy != "deepspeed" and self.zero_stage != 0:
+            stage = f"engine.zero_stage={self.zero_stage}"
+            raise ValueError(f"{stage} needs engine.strategy=deepspeed, got {self.strategy}")
+        if self.offload != "none" and (self.strategy != "deepspeed" or self.zero_stage == 0):
+            raise ValueError(
+                f"engine.offload={self.offload} needs engine.strategy=deepspeed and "
+                f"engine.zero_stage >= 1, got {self.strategy} with stage {self.zero_stage}"
+            )
+
+
+class Engine:
+    """Trains `module` with AdamW under one strategy.
+
+    Every rank builds it from equal arguments and calls its methods in the same order. `module` is
+    moved to the ranks' device, and rank 0's parameters are sent to all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer_config: OptimConfig,
+        config: EngineConfig,
+        ranks: Ranks,
+    ) -> None:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {parameter.dtype}, but trainable parameters are fp32 masters: "
+                    "build the module in fp32, engine.precision=bf16 computes in bf16 by autocast"
+                )
+        self.config = config
+        self.ranks = ranks
+        self.module = module.to(ranks.device)
+        self.optimizer_steps = 0
+        self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
+        self.aliases = tied_names(module)
+        persistent = set(module.state_dict())
+        self.constants = [("buffer", n, b) for n, b in module.named_buffers() if n in persistent]
+        frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+        if config.zero_stage < 3:
+            self.constants += [("param", name, parameter) for name, parameter in frozen]
+        self.strategy: Strategy
+        if config.strategy == "deepspeed":
+            from longtake.train.deepspeed_engine import build_deepspeed  # slow to import
+
+            self.strategy = build_deepspeed(self.module, optimizer_config, config, ranks)
+        else:
+            self.strategy = ReplicatedStrategy(self.module, optimizer_config, ranks)
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the forward: bf16 for matrix work, or fp32 unchanged."""
+        bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`module(*args, **kwargs)` under autocast, by the strategy's way in."""
+        with self.autocast():
+            return self.strategy.forward(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradients of `loss` () to the step's sum; `last` ends the sum over the ranks.
+
+        Every rank calls it with `last` exactly once per step; the number of calls before may
+        differ between ranks.
+        """
+        self.strategy.backward(loss, last=last)
+
+    def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult:
+        """Clips the summed gradients by global norm (0 never) and takes one AdamW step.
+
+        A norm that is not finite skips the step on all ranks alike.
+        """
+        result = self.strategy.clip_and_step(lr, max_grad_norm)
+        if not result.skipped:
+            self.optimizer_steps += 1
+        return result
+
+    def owned_ranges(self) -> Iterator[StateRange]:
+        """What this rank writes to a checkpoint; over all ranks, every element exactly once."""
+        for owned in self.strategy.owned_ranges():
+            if owned.start < owned.stop:
+                yield owned
+        for kind, name, tensor in self.constants:
+            if tensor.numel():
+                owned = whole(kind, name, tensor.contiguous())
+                owned = owned.cut(self.ranks.rank, self.ranks.world_size)
+                if owned.start < owned.stop:
+                    yield owned
+
+    @torch.no_grad()
+    def load_ranges(self, reader: StateReader) -> None:
+        """Replaces parameters, moments, buffers and the step counter; all ranks together.
+
+        Errors: ValueError when the names or shapes of the parameters differ from the reader's.
+        """
+        for name, shape in self.shapes.items():
+            stored = reader.shape("param", name)
+            if stored != shape:
+                found = "is missing" if stored is None else f"has shape {stored}"
+                raise ValueError(
+                    f"{name} {found} in the checkpoint, the model has {shape}: "
+                    "use the config the checkpoint was written with, or a new run folder"
+                )
+        for held in self.strategy.held_ranges():
+            if held.start < held.stop:
+                held.tensor.copy_(reader.read(held.kind, held.name, held.start, held.stop))
+        for kind, name, tensor in self.constants:
+            if tensor.numel():
+                tensor.copy_(reader.read(kind, name, 0, tensor.numel()).view_as(tensor))
+        self.optimizer_steps = reader.optimizer_steps
+        self.strategy.set_optimizer_steps(reader.optimizer_steps)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes every rank's forward use the parameters in the owned ranges; all ranks together."""
+        self.strategy.refresh()
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Second names of parameters that are tied: name in the state dict -> name of the first."""
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    everything = module.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in everything if name != first[p]}

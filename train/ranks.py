@@ -1,0 +1,106 @@
+"""The processes of a run: joining them, small agreements between them, and leaving."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size` data-parallel ones, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo on every device
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank; values travel as JSON."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = payload.numel()
+        dist.all_reduce(sizes)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(texts, padded)
+        return [
+            json.loads(bytes(text[:size].numpy()))
+            for text, size in zip(texts, sizes.tolist(), strict=True)
+        ]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank; it travels as JSON."""
+        return self.gather(value if self.is_main else None)[0]
+
+
+def single_process(device: str | torch.device = "cpu") -> Ranks:
+    """A run of one process, without any process group."""
+    return Ranks(rank=0, world_size=1, local_rank=0, device=torch.device(device))
+
+
+def init_distributed(device: str = "cpu", timeout: float = 1800.0) -> Ranks:
+    """Joins the process group that torchrun's environment describes; alone without one.
+
+    device: "cpu" (gloo), or "cuda" (nccl for its tensors, gloo beside it for small agreements).
+    timeout: seconds after which a collective that not all ranks joined fails.
+    Errors: ValueError for an unknown device, or for CUDA asked for and absent.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"train.device={device} must be cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device=cuda, but torch sees no CUDA device: use train.device=cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    this_device = torch.device("cpu")
+    if device == "cuda":
+        this_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(this_device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return single_process(this_device)
+    rank = int(os.environ["RANK"])
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend="gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+    return Ranks(rank, world_size, local_rank, this_device)
+
+
+def shutdown(exit_code: int | None = None) -> None:
+    """Leaves the process group; with `exit_code`, ends the process as well.
+
+    A clean end waits for the other ranks first. The process then ends by `os._exit`: finished gloo
+    processes were seen to abort in their destructors. After a failure (another code) nobody waits,
+    since the other ranks may hang in a collective that this one never joined.
+    """
+    if dist.is_initialized():
+        if not exit_code:
+            dist.barrier()
+        if exit_code is None:
+            dist.destroy_process_group()
+    if exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)

@@ -1,0 +1,93 @@
+"""What every strategy of the engine gives and takes: steps, ranges of state, one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: the global gradient norm before clipping, and whether it was skipped."""
+
+    grad_norm: float
+    skipped: bool  # the norm was not finite: no rank changed a weight
+
+
+@dataclass(frozen=True)
+class StateRange:
+    """Elements [start, stop) of the row-major buffer of one tensor of the training state.
+
+    tensor is (stop - start,), a live view of the state: writing to it changes the state, but the
+    weights that the forward uses follow only at `Engine.refresh`.
+    """
+
+    kind: str  # param | exp_avg | exp_avg_sq | buffer | ema
+    name: str  # of the unwrapped module
+    start: int
+    stop: int
+    shape: tuple[int, ...]  # of the whole tensor
+    tensor: torch.Tensor
+
+    def cut(self, rank: int, world_size: int) -> StateRange:
+        """The rank's share of this range when it is split evenly."""
+        size = self.stop - self.start
+        share = -(-size // world_size)
+        first, last = min(rank * share, size), min((rank + 1) * share, size)
+        start, stop = self.start + first, self.start + last
+        return StateRange(self.kind, self.name, start, stop, self.shape, self.tensor[first:last])
+
+
+class StateReader(Protocol):
+    """Where `Engine.load_ranges` reads from: a checkpoint, or anything that answers alike."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps taken until then; AdamW's bias correction counts them."""
+        ...
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        """Shape of the whole tensor, or None where there is no such tensor."""
+        ...
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the row-major buffer, (stop - start,)."""
+        ...
+
+
+class Strategy(Protocol):
+    """One way to hold and update parameters and moments; `engine.strategy` chooses it.
+
+    Gradients are sums over ranks and micro-batches under every strategy.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
+
+    def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult: ...
+
+    def held_ranges(self) -> Iterator[StateRange]:
+        """Parameters and moments in this rank's memory: whole tensors or the rank's shard."""
+        ...
+
+    def owned_ranges(self) -> Iterator[StateRange]:
+        """The part of `held_ranges` that this rank writes; over all ranks, everything once."""
+        ...
+
+    def set_optimizer_steps(self, optimizer_steps: int) -> None: ...
+
+    def refresh(self) -> None:
+        """Makes every rank's forward use the parameters in the owned ranges; all ranks together."""
+        ...
+
+
+def whole(kind: str, name: str, tensor: torch.Tensor) -> StateRange:
+    """The range that covers a whole contiguous tensor."""
+    flat = tensor.detach().view(-1)
+    return StateRange(kind, name, 0, flat.numel(), tuple(tensor.shape), flat)
