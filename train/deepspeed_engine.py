@@ -39,6 +39,23 @@ def build_deepspeed(
     return ShardedDeepSpeed(module, optimizer_config, config, ranks)
 
 
+def import_deepspeed(device_type: str) -> Any:
+    """The deepspeed package for "cpu" or "cuda", of which a process can use one."""
+    os.environ["DS_ACCELERATOR"] = device_type  # read once, at the first import
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    imported_for = deepspeed.get_accelerator().device_name()
+    if imported_for != device_type:
+        raise RuntimeError(f"deepspeed was imported for {imported_for}, not for {device_type}")
+    if device_type == "cpu":
+        # Its shared-memory collectives are compiled at first use (27 s, and needs a compiler).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def initialize(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -46,17 +63,7 @@ def initialize(
     ranks: Ranks,
 ) -> Any:
     """DeepSpeed's engine around module and optimizer, without compiling any extension."""
-    os.environ["DS_ACCELERATOR"] = ranks.device.type  # read once, at the first import
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if deepspeed.get_accelerator().device_name() != ranks.device.type:
-        raise RuntimeError(f"deepspeed was imported for another device than {ranks.device.type}")
-    if ranks.device.type == "cpu":
-        # Its shared-memory collectives are compiled at first use (27 s, and needs a compiler).
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = import_deepspeed(ranks.device.type)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it reads its device from there
     if not dist.is_initialized():  # alone: DeepSpeed wants a group all the same
         backend = "gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl"
