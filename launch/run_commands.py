@@ -1,0 +1,243 @@
+"""Sub-commands on runs: train, encode, sample, evaluate, export, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from longtake.launch.command import Command, names, positive, size
+from longtake.launch.torchrun import EXIT_FAILED, Launch, run_torchrun
+
+
+def inference_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Arguments of the commands that run a model."""
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--batch-size", type=positive, default=batch_size)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--vae-run", type=Path, help="VAE run (default: the one the run names)")
+
+
+def sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that draw videos; None means the run's own `samples.*`."""
+    parser.add_argument("--steps", type=positive, help="sampler steps (default: samples.steps)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: samples.*)")
+    parser.add_argument("--shift", type=float, help="timestep shift (default: samples.shift)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `longtake train`."""
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="experiment=demo_vae …")
+    parser.add_argument("--nproc", type=positive, default=1, help="processes on this node")
+    parser.add_argument("--nnodes", type=positive, default=1, help="number of nodes")
+    parser.add_argument("--node-rank", type=int, default=0, help="this node's number, from 0")
+    parser.add_argument("--rendezvous", default="", help="HOST:PORT of node 0")
+    parser.add_argument("--run-id", default="longtake", help="same name on every node of one run")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print it, stop")
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train in this process, or start torchrun; exit code 0, 1 or 75."""
+    from longtake.launch.compose import compose
+
+    launch = Launch(args.nproc, args.nnodes, args.node_rank, args.rendezvous, args.run_id)
+    config = compose(args.overrides)  # a typo must fail here, not on every rank
+    if args.dry_run:
+        from longtake.launch.compose import as_yaml
+
+        print(as_yaml(config), end="")
+        return 0
+    if launch.num_processes > 1 or launch.num_nodes > 1:
+        return run_torchrun(launch, args.overrides, Path(config.output_dir))
+    from longtake.train.main import main
+
+    sys.argv = ["longtake train", *args.overrides]
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.train.device == "cpu" else "")
+    code = main()
+    return EXIT_FAILED if code is None else code
+
+
+def encode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `longtake encode`."""
+    parser.add_argument("vae", type=Path, help="run folder or checkpoint of a VAE")
+    parser.add_argument("shards", type=Path, help="folder of catalogued pixel shards")
+    parser.add_argument("out", type=Path, help="folder for the latent shards")
+    parser.add_argument("--catalogue", type=Path, help="catalogue, when it lies elsewhere")
+    parser.add_argument("--where", default="", help="filter, such as \"split = 'val'\"")
+    parser.add_argument("--frames", type=positive, help="(default: the VAE's first bucket)")
+    parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the VAE's first bucket)")
+    parser.add_argument("--fps", type=float, help="frames per second (default: the VAE run's)")
+    parser.add_argument("--captions", type=names, help="caption kinds to tokenise (default: all)")
+    parser.add_argument("--text-max-length", type=positive, default=512, help="tokens per caption")
+    parser.add_argument(
+        "--stats-from", type=Path, help="latents folder whose mean and std to take over"
+    )
+    inference_arguments(parser, batch_size=16)
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """Write the latents and token ids of a folder of shards."""
+    from longtake.train.encode import EncodeOptions, encode_shards
+
+    report = encode_shards(
+        args.vae,
+        args.shards,
+        args.out,
+        EncodeOptions(
+            catalogue=args.catalogue,
+            where=args.where,
+            frames=args.frames,
+            size=args.size,
+            fps=args.fps,
+            caption_kinds=args.captions,
+            text_max_length=args.text_max_length,
+            stats_from=args.stats_from,
+            weights=args.weights,
+            batch_size=args.batch_size,
+            device=args.device,
+        ),
+    )
+    print(report)
+    return 0
+
+
+def sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `longtake sample`."""
+    parser.add_argument("run", type=Path, help="run folder or checkpoint of a DiT")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts-file", type=Path, help="text file, one prompt a line")
+    parser.add_argument("--image", type=Path, help="first frame (image or video file): i2v")
+    parser.add_argument("--out", type=Path, help="folder (default: RUN/samples/command)")
+    parser.add_argument("--frames", type=positive, help="(default: the run's first bucket)")
+    parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the run's first bucket)")
+    parser.add_argument("--fps", type=float, help="frames per second of the files")
+    parser.add_argument("--num", type=positive, default=1, help="videos per prompt")
+    parser.add_argument(
+        "--upscale", type=int, help="whole factor of the files (default: up to 256 px; 1: as drawn)"
+    )
+    sampler_arguments(parser)
+    inference_arguments(parser, batch_size=8)
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Draw videos for prompts."""
+    from longtake.train.sample import SampleRequest, sample_to_files
+
+    prompts = list(args.prompts)
+    if args.prompts_file is not None:
+        lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give one or more, or --prompts-file FILE")
+    request = SampleRequest(
+        prompts=prompts,
+        num_videos=args.num,
+        image=args.image,
+        frames=args.frames,
+        size=args.size,
+        fps=args.fps,
+        upscale=args.upscale,
+        seed=args.seed,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        shift=args.shift,
+        batch_size=args.batch_size,
+    )
+    paths = sample_to_files(
+        args.run, request, args.out, weights=args.weights, vae=args.vae_run, device=args.device
+    )
+    for path in paths:
+        print(path)
+    return 0
+
+
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `longtake evaluate`."""
+    parser.add_argument("run", type=Path, help="run folder or checkpoint of a DiT")
+    parser.add_argument("--world", type=Path, required=True, help="world shards with truth")
+    parser.add_argument("--families", type=names, help="(default: all in the shards)")
+    parser.add_argument("--split", help="val | combo | ood (default: whatever the shards hold)")
+    parser.add_argument("--prompts", type=positive, default=64, help="prompts per family")
+    parser.add_argument("--captions", help="caption kind (default: the run's most used)")
+    parser.add_argument("--task", choices=("t2v", "i2v"), default="t2v")
+    parser.add_argument("--show", type=int, default=4, help="clips per family kept as mp4")
+    parser.add_argument("--out", type=Path, help="folder (default: RUN/evaluation/SPLIT-TASK-…)")
+    sampler_arguments(parser)
+    inference_arguments(parser, batch_size=32)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Draw from a run, score, print the table, write card.json."""
+    from longtake.train.evaluate import EvaluateOptions, evaluate_run, print_card
+
+    options = EvaluateOptions(
+        families=args.families,
+        split=args.split,
+        num_prompts=args.prompts,
+        caption_kind=args.captions,
+        task=args.task,
+        num_shown=args.show,
+        seed=args.seed,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        shift=args.shift,
+        batch_size=args.batch_size,
+    )
+    result = evaluate_run(
+        *(args.run, args.world, options, args.out),
+        weights=args.weights,
+        vae=args.vae_run,
+        device=args.device,
+    )
+    print_card(result.card)
+    print(result.folder / "card.json")
+    return 0
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `longtake export`."""
+    parser.add_argument("run", type=Path, help="run folder or checkpoint of a DiT")
+    parser.add_argument("out", type=Path, help="folder for the diffusers pipeline")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--vae-run", type=Path, help="VAE run (default: the one the run names)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write and verify a stock diffusers pipeline."""
+    from longtake.train.export import export_run
+
+    report = export_run(
+        args.run, args.out, weights=args.weights, vae=args.vae_run, overwrite=args.overwrite
+    )
+    print(report)
+    return 0
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `longtake report`."""
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--vae-run", type=Path, help="VAE run to show beside it")
+    parser.add_argument("--out", type=Path, help="HTML file (default: RUN/report.html)")
+    parser.add_argument("--picture", type=Path, help="PNG (default: RUN/report.png)")
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write report.html and a picture of the samples."""
+    from longtake.train.report import write_report
+
+    for path in write_report(args.run, vae_run=args.vae_run, out=args.out, picture=args.picture):
+        print(path)
+    return 0
+
+
+COMMANDS = (
+    Command("train", "train a VAE or a DiT; the same command resumes", train_arguments, run_train),
+    Command("encode", "cache the latents and text of a folder", encode_arguments, run_encode),
+    Command("sample", "draw videos for prompts", sample_arguments, run_sample),
+    Command("evaluate", "score a run on world prompts", evaluate_arguments, run_evaluate),
+    Command("export", "write a stock diffusers pipeline", export_arguments, run_export),
+    Command("report", "write report.html and its picture", report_arguments, run_report),
+)

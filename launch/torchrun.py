@@ -1,0 +1,109 @@
+"""Training on several processes: torchrun's command line, its signals, and an honest exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Time for the last checkpoint after SIGTERM; torchrun's own default of 30 s kills in the middle.
+SHUTDOWN_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where the ranks of one run live."""
+
+    num_processes: int  # on this node
+    num_nodes: int = 1
+    node_rank: int = 0
+    rendezvous: str = ""  # host:port of node 0, with num_nodes > 1
+    run_id: str = "longtake"  # the same on every node
+
+    def __post_init__(self) -> None:
+        if self.num_nodes > 1 and ":" not in self.rendezvous:
+            raise ValueError(
+                f"--nnodes {self.num_nodes} needs --rendezvous HOST:PORT of the first node, "
+                f"got {self.rendezvous!r}"
+            )
+        if not 0 <= self.node_rank < self.num_nodes:
+            raise ValueError(
+                f"--node-rank {self.node_rank} must be 0..{self.num_nodes - 1} "
+                f"for --nnodes {self.num_nodes}"
+            )
+
+
+def torchrun_argv(launch: Launch, overrides: Sequence[str]) -> list[str]:
+    """The command line that starts `longtake.train` on this node's processes."""
+    if launch.num_nodes == 1:
+        where = ["--standalone"]
+    else:
+        where = [
+            f"--nnodes={launch.num_nodes}",
+            f"--node-rank={launch.node_rank}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={launch.rendezvous}",
+            f"--rdzv-id={launch.run_id}",
+        ]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *where),
+        f"--nproc-per-node={launch.num_processes}",
+        "--signals-to-handle=" + ",".join(s.name for s in (*SIGNALS, signal.SIGQUIT)),
+        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
+        *("-m", "longtake.train", *overrides),
+    ]
+
+
+def torchrun_environment() -> dict[str, str]:
+    """This environment, with the setting without which half of the restarts with gloo fail."""
+    return {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+
+
+def run_torchrun(launch: Launch, overrides: Sequence[str], run_folder: Path) -> int:
+    """Run to the end, passing signals on. Returns 0, 1 or 75 as the run folder's marker says.
+
+    torchrun itself exits 1 whatever a worker returned, so a run that saved and left on a signal
+    would look failed to a scheduler.
+    """
+    command = torchrun_argv(launch, overrides)
+    stale = preemption_stamp(run_folder)
+    with subprocess.Popen(command, env=torchrun_environment()) as process:
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, forward) for number in SIGNALS}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return exit_code(code, run_folder, stale)
+
+
+def exit_code(code: int, run_folder: Path, stale: int | None) -> int:
+    """0, 75 or 1, from torchrun's code and the run's marker.
+
+    `stale` is the `preemption_stamp` before the start: a marker that an earlier attempt left must
+    not send a run that fails at its start round for ever.
+    """
+    if code == 0:
+        return EXIT_FINISHED
+    return EXIT_PREEMPTED if preemption_stamp(run_folder) not in (None, stale) else EXIT_FAILED
+
+
+def preemption_stamp(run_folder: Path) -> int | None:
+    """When the run folder was marked PREEMPTED (ns), None where it is not."""
+    marker = run_folder / "PREEMPTED"
+    return marker.stat().st_mtime_ns if marker.exists() else None
