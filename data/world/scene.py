@@ -1,0 +1,206 @@
+"""A clip as a small declarative scene, from which frames, captions and truth all follow.
+
+Units: time in frames, positions and radii in world pixels, x to the right, y down, pixel centres at
+half-integers. With a camera at (W / 2, H / 2) and zoom 1, world and screen coordinates agree.
+Every quantity is a closed form of time, so any frame can be asked for without the ones before it.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (228, 38, 38),
+    "green": (38, 196, 60),
+    "blue": (48, 70, 238),
+    "yellow": (236, 224, 44),
+    "purple": (186, 50, 226),
+    "cyan": (44, 216, 222),
+}
+BAR_GREY = (66, 66, 66)
+COLOURS = tuple(PALETTE)
+SHAPES = ("circle", "square", "triangle")
+BIG_CANVAS_SHAPES = ("ring", "cross")  # need about 64 px to be told apart from the filled ones
+SIZES = {"small": 0.15, "large": 0.22}  # radius as a share of the frame's shorter side
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
+# half-extents (left/right, up, down) in radii; all shapes have the area of the circle
+EXTENTS: dict[str, tuple[float, float, float]] = {
+    "circle": (1.0, 1.0, 1.0),
+    "square": (0.8862, 0.8862, 0.8862),
+    "triangle": (1.3468, 1.5551, 0.7776),
+    "ring": (1.195, 1.195, 1.195),
+    "cross": (1.1295, 1.1295, 1.1295),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Motion from frame `start` until the next segment: p + v·dt + a·dt² / 2."""
+
+    start: float
+    x: float
+    y: float
+    vx: float = 0.0
+    vy: float = 0.0
+    ax: float = 0.0
+    ay: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An attribute takes `value` from frame `start` on; a numeric one ramps over `duration` frames.
+
+    Attributes: colour, shape, mark (text) and radius, angle, alpha, brightness (numbers; radius is
+    a factor of the entity's own).
+    """
+
+    start: float
+    attribute: str
+    value: str | float
+    duration: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """One thing in the world; `half` (half-width, half-height) turns it into a bar of that size."""
+
+    id: int
+    shape: str
+    colour: str
+    radius: float
+    motion: tuple[Segment, ...]
+    size: str = "small"
+    role: str = "subject"
+    layer: int = 0
+    half: tuple[float, float] | None = None
+    mark: str | None = None
+    angle: float = 0.0
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happens at a (fractional) frame time to the entities `ids`."""
+
+    time: float
+    type: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """Frames from `start` to the next shot, seen by one camera before one background.
+
+    (x, y) is the world point at the frame's centre when the shot starts, (vx, vy) its velocity in
+    px/frame; zoom grows by the factor exp(zoom_rate) per frame.
+    """
+
+    start: int
+    x: float
+    y: float
+    background: int
+    zoom: float = 1.0
+    vx: float = 0.0
+    vy: float = 0.0
+    zoom_rate: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A scene of its own in the box (top, left) of the frame; its size is the scene's."""
+
+    top: int
+    left: int
+    scene: "Scene"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Everything in a clip. `texture` is the background's peak deviation from its grey in [0, 1]."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    entities: tuple[Entity, ...]
+    shots: tuple[Shot, ...]
+    events: tuple[Event, ...] = ()
+    texture: float = 0.08
+    panels: tuple[Panel, ...] = ()
+
+
+@dataclass(slots=True)
+class EntityTrack:
+    """State of one entity at T frames; positions in screen pixels, radius after zoom."""
+
+    x: np.ndarray  # (T,) float64
+    y: np.ndarray
+    radius: np.ndarray
+    zoom: np.ndarray
+    angle: np.ndarray
+    alpha: np.ndarray
+    colour: np.ndarray  # (T, 3) float32 in [0, 1]
+    shape: list[str]
+    mark: list[str | None]
+    visible: np.ndarray = field(default_factory=lambda: np.zeros(0))  # set by the renderer
+
+
+def positions(motion: tuple[Segment, ...], times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """World coordinates x (T,), y (T,) of a piecewise motion at `times` (T,)."""
+    index = np.searchsorted([s.start for s in motion], times, side="right") - 1
+    table = np.array([(s.start, s.x, s.y, s.vx, s.vy, s.ax, s.ay) for s in motion])
+    start, x, y, vx, vy, ax, ay = table[np.maximum(index, 0)].T
+    dt = times - start
+    return x + dt * (vx + 0.5 * dt * ax), y + dt * (vy + 0.5 * dt * ay)
+
+
+def camera_path(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Camera centre x, y in world pixels and zoom, each (T,)."""
+    times = np.arange(scene.frames, dtype=np.float64)
+    index = np.searchsorted([s.start for s in scene.shots], times, side="right") - 1
+    table = np.array([(s.start, s.x, s.y, s.zoom, s.vx, s.vy, s.zoom_rate) for s in scene.shots])
+    start, x, y, zoom, vx, vy, rate = table[index].T
+    dt = times - start
+    return x + vx * dt, y + vy * dt, zoom * np.exp(rate * dt)
+
+
+def track(scene: Scene, entity: Entity) -> EntityTrack:
+    """Where an entity is and how it looks in every frame, as the camera sees it."""
+    times = np.arange(scene.frames, dtype=np.float64)
+    x, y = positions(entity.motion, times)
+    cam_x, cam_y, zoom = camera_path(scene)
+    ones = np.ones(scene.frames)
+    numbers = {"radius": ones, "alpha": ones, "brightness": ones, "angle": ones * entity.angle}
+    texts: dict[str, list] = {
+        "colour": [entity.colour] * scene.frames,
+        "shape": [entity.shape] * scene.frames,
+        "mark": [entity.mark] * scene.frames,
+    }
+    for change in entity.changes:
+        if isinstance(change.value, str):
+            old = texts[change.attribute]
+            texts[change.attribute] = [
+                change.value if t >= change.start else o for t, o in enumerate(old)
+            ]
+        else:
+            since = times - change.start
+            share = np.clip(since / change.duration, 0, 1) if change.duration else since >= 0
+            old = numbers[change.attribute]
+            numbers[change.attribute] = old + (change.value - old) * share
+    rgb = np.array([PALETTE.get(c, BAR_GREY) for c in texts["colour"]], np.float32) / 255
+    return EntityTrack(
+        x=(x - cam_x) * zoom + scene.width / 2,
+        y=(y - cam_y) * zoom + scene.height / 2,
+        radius=entity.radius * numbers["radius"] * zoom,
+        zoom=zoom,
+        angle=numbers["angle"],
+        alpha=numbers["alpha"],
+        colour=rgb * numbers["brightness"][:, None].astype(np.float32),
+        shape=texts["shape"],
+        mark=texts["mark"],
+    )
