@@ -1,6 +1,6 @@
 """The procedural world: captioned video with exact truth, and scores that need no judge model."""
 
-from .clips import WorldClip, make_clip
-from .families import FAMILIES
+from longtake.data.world.clips import WorldClip, make_clip
+from longtake.data.world.families import FAMILIES
 
 __all__ = ["FAMILIES", "WorldClip", "make_clip"]

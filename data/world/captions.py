@@ -7,7 +7,7 @@ Kinds: `dense` (everything there is to see, <= 250 characters), `short` (as a us
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .scene import COLOURS, Entity
+from longtake.data.world.scene import COLOURS, Entity
 
 MAX_DENSE = 250
 MAX_SHORT = 64

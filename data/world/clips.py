@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 
-from .captions import MAX_DENSE, MAX_SHORT
-from .families import FAMILIES, SPLITS, Canvas, Composition
-from .render import Rendering, render
-from .scene import Scene, camera_path
+from longtake.data.world.captions import MAX_DENSE, MAX_SHORT
+from longtake.data.world.families import FAMILIES, SPLITS, Canvas, Composition
+from longtake.data.world.render import Rendering, render
+from longtake.data.world.scene import Scene, camera_path
 
 LICENCE = "CC0-1.0"
 SOURCE = "longtake.world"
@@ -135,7 +136,7 @@ def truth_record(name: str, made: Composition, drawn: Rendering) -> dict[str, An
             {"frame": round(e.time, 2), "type": e.type, "ids": list(e.ids)} for e in scene.events
         ],
         "camera": {"cx": _rounded(cam_x), "cy": _rounded(cam_y), "zoom": _rounded(zoom, 4)},
-        "shots": [{"start": a, "end": b} for a, b in zip(starts[:-1], starts[1:], strict=True)],
+        "shots": [{"start": a, "end": b} for a, b in pairwise(starts)],
         "count": sum(e.role == "subject" for e in scene.entities),
         "motion": round(float(np.mean(motion)), 3) if motion else 0.0,
         "defects": [],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import Entity, EntityTrack, Scene, Shot, camera_path, track
+from longtake.data.world.scene import Entity, EntityTrack, Scene, Shot, camera_path, track
 
 _ROOT3 = float(np.sqrt(3.0))
 _SQUARE = float(np.sqrt(np.pi) / 2)  # half-side of the square with the area of the unit circle
@@ -87,7 +87,7 @@ def _texture(
 
 
 def _spline_weights(centre: np.ndarray, zoom: np.ndarray, size: int, cell: float) -> np.ndarray:
-    """Row of cubic B-spline weights over the 64 lattice points for each screen row, (T, size, 64)."""
+    """Cubic B-spline weights over the 64 lattice points of every screen row, (T, size, 64)."""
     screen = np.arange(size) + 0.5 - size / 2
     at = (centre[:, None] + screen / zoom[:, None]) / cell  # (T, size)
     base = np.floor(at)

@@ -121,7 +121,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything in a clip. `texture` is the background's peak deviation from its grey in [0, 1]."""
+    """Everything in a clip; `texture` is the background's peak deviation from its mean grey."""
 
     frames: int
     height: int
@@ -130,7 +130,7 @@ class Scene:
     entities: tuple[Entity, ...]
     shots: tuple[Shot, ...]
     events: tuple[Event, ...] = ()
-    texture: float = 0.08
+    texture: float = 0.06
     panels: tuple[Panel, ...] = ()
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .registry import FAMILIES, SPLITS, Canvas, Composition, Family
+from longtake.data.world.families.registry import FAMILIES, SPLITS, Canvas, Composition, Family
 
 for _module in sorted(m.name for m in iter_modules(__path__)):
     import_module(f"{__name__}.{_module}")

@@ -4,9 +4,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..captions import STATIC_CAMERA, STATIC_CAMERA_ZH, ZH, Words, full_noun, plain_noun, zh_noun
-from ..scene import SIZES, Entity, Scene, Segment
-from .registry import Canvas, Composition, draw_look, family, fixed_shot, margins
+from longtake.data.world.captions import (
+    STATIC_CAMERA,
+    STATIC_CAMERA_ZH,
+    ZH,
+    Words,
+    full_noun,
+    plain_noun,
+    zh_noun,
+)
+from longtake.data.world.families.registry import (
+    Canvas,
+    Composition,
+    draw_look,
+    family,
+    fixed_shot,
+    margins,
+)
+from longtake.data.world.scene import SIZES, Entity, Scene, Segment
 
 MOTIONS = ("stay still", "move up", "move down")
 

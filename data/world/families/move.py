@@ -4,12 +4,29 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..captions import STATIC_CAMERA, STATIC_CAMERA_ZH, ZH, Words, full_noun, plain_noun, region
-from ..captions import other_colour, sentence, zh_noun
-from ..scene import DIRECTIONS, SIZES, Entity, Scene, Segment
-from .registry import Canvas, Composition, draw_look, family, fixed_shot, margins
+from longtake.data.world.captions import (
+    STATIC_CAMERA,
+    STATIC_CAMERA_ZH,
+    ZH,
+    Words,
+    full_noun,
+    other_colour,
+    plain_noun,
+    region,
+    zh_noun,
+)
+from longtake.data.world.families.registry import (
+    Canvas,
+    Composition,
+    draw_look,
+    family,
+    fixed_shot,
+    margins,
+)
+from longtake.data.world.scene import DIRECTIONS, SIZES, Entity, Scene, Segment
 
-SLOW, FAST, OOD = (0.42, 0.6), (0.75, 0.98), (0.2, 0.3)  # travel as a share of the free way
+# travel during the clip as a share of the shorter side; the third is faster or slower than training
+SLOW, FAST, OOD = (0.16, 0.22), (0.28, 0.5), (0.10, 0.14)
 
 
 def _words(entity: Entity, word: str, pace: str, place: str, is_image: bool) -> Words:
@@ -47,7 +64,7 @@ def compose(rng: np.random.Generator, canvas: Canvas) -> Composition:
     share = rng.uniform(*(OOD if canvas.split == "ood" else FAST if is_fast else SLOW))
     pace = "quickly" if is_fast and canvas.split != "ood" else "slowly"
     step = np.array([ux, uy])
-    travel = share * free * step
+    travel = np.minimum(share * canvas.short_side, free) * step
     start = low + rng.random(2) * (free - abs(travel)) + np.maximum(-travel, 0)
     velocity = travel / max(canvas.frames - 1, 1)
     segment = Segment(0.0, float(start[0]), float(start[1]), float(velocity[0]), float(velocity[1]))

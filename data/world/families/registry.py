@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..captions import Words
-from ..scene import COLOURS, EXTENTS, SHAPES, SIZES, Entity, Scene, Segment, Shot
+from longtake.data.world.captions import Words
+from longtake.data.world.scene import COLOURS, EXTENTS, SHAPES, SIZES, Scene, Segment, Shot
 
 SPLITS = ("train", "val", "combo", "ood")
 
