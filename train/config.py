@@ -1,0 +1,243 @@
+"""From a composed tree to checked dataclasses and back: the only place that knows OmegaConf.
+
+Every unknown key, wrong type or impossible combination is a ValueError that names the key, before
+any process group or weight exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longtake.data.plan_config import check_data_config
+from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, require
+
+# Keys that may differ on resume: where things lie, how they are watched, how work is split.
+FREE_KEYS = (
+    *("output_dir", "resume", "vae_run", "tracking", "export", "samples", "validation"),
+    *("engine.strategy", "engine.zero_stage", "engine.offload"),
+    *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
+    *("train.keep_last", "train.num_threads", "train.device", "train.timeout"),
+    *("train.deterministic", "data.num_workers", "data.prefetch_factor", "data.decoder"),
+    *("data.val", "data.max_bad_fraction", "data.train.*.path", "data.train.*.catalogue"),
+)
+
+
+def parse_config(cfg: Any) -> VAERun | DiTRun:
+    """The composed tree (a DictConfig or plain mapping) as checked dataclasses.
+
+    Raises ValueError naming the key for unknown keys, wrong types and impossible combinations.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(cfg), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+    assert isinstance(tree, dict)
+    stage = tree.get("stage")
+    choice("stage", stage, STAGES, "pick an experiment=... or a stage=...")
+    config = _build(VAERun if stage == "vae" else DiTRun, tree, "")
+    _check_run(config)
+    return config
+
+
+def load_config(path: Path) -> VAERun | DiTRun:
+    """The config.yaml of a run folder; ValueError when it is missing or no longer valid."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the folder of a run, it holds config.yaml")
+    return parse_config(OmegaConf.load(path))
+
+
+def to_tree(config: RunConfig) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, as config.yaml and the checkpoint hold them."""
+    return _plain(config)
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config atomically; it is complete and can be read by `load_config`."""
+    scratch = path.with_suffix(".yaml.tmp")
+    scratch.write_text(OmegaConf.to_yaml(OmegaConf.create(to_tree(config))), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys that would change the training, as "key: old -> new"; both are `to_tree` results."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in dict.fromkeys((*before, *after))
+        if before.get(key) != after.get(key) and not _is_free(key)
+    ]
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """ValueError unless the slots of a step divide over the ranks."""
+    slots = config.data.micro_batches_per_step
+    require(
+        slots % world_size == 0,
+        f"data.micro_batches_per_step={slots} must be divisible by the number of ranks, "
+        f"{world_size}: set it to a multiple or start another number of processes",
+    )
+
+
+def _check_run(config: VAERun | DiTRun) -> None:
+    check_data_config(config.data)
+    require(len(config.data.train) > 0, "data.train is empty: name at least one dataset")
+    if isinstance(config, VAERun):
+        require(not config.export.required, "export.required=true holds for stage=dit only")
+        return
+    model, text = config.model, config.text
+    require(
+        model.text_dim == text.d_model,
+        f"model.text_dim={model.text_dim} must equal text.d_model={text.d_model}",
+    )
+    require(
+        model.in_channels == model.out_channels,
+        f"model.out_channels={model.out_channels} must equal model.in_channels={model.in_channels}",
+    )
+    if config.codec == "identity":
+        require(
+            model.in_channels == 3,
+            f"model.in_channels={model.in_channels} must be 3 with codec=identity (RGB)",
+        )
+    gives_frames = config.tasks.get("i2v", 0.0) > 0
+    require(
+        not gives_frames or model.patch_size[0] == 1,
+        f"model.patch_size[0]={model.patch_size[0]} must be 1 for tasks.i2v > 0: a "
+        "given frame must fill its tokens; or set tasks.i2v=0",
+    )
+    if config.export.required:
+        _check_exportable(config)
+
+
+def _check_exportable(config: DiTRun) -> None:
+    """The stock WanPipeline's limits; with export.required they are refused at the start."""
+    remedy = "set export.required=false and sample with `longtake sample`"
+    require(
+        config.codec == "vae",
+        f"codec={config.codec} must be vae with export.required=true: {remedy}",
+    )
+    prediction = config.prediction
+    require(
+        prediction == "velocity",
+        f"prediction={prediction} must be velocity with export.required=true: {remedy}",
+    )
+    for bucket in config.data.buckets:
+        require(
+            bucket.height % 16 == 0 and bucket.width % 16 == 0,
+            f"data.buckets has {bucket.name}, height and width must be divisible by 16 with "
+            f"export.required=true: {remedy}",
+        )
+    patch = tuple(config.model.patch_size)
+    require(
+        config.tasks.get("i2v", 0.0) == 0 or patch == (1, 2, 2),
+        f"model.patch_size={patch} must be (1, 2, 2) for i2v with export.required=true: {remedy}",
+    )
+
+
+def _build(cls: type, tree: Any, path: str) -> Any:
+    """One dataclass from a mapping: nested dataclasses by recursion, leaves typed by OmegaConf."""
+    require(isinstance(tree, dict), f"{path or 'config'}={tree!r} must be a mapping")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    for key in tree:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f", did you mean {_join(path, close[0])}?" if close else ""
+            raise ValueError(f"{_join(path, key)}: unknown key{hint} (known: {sorted(fields)})")
+    nested = {key: _nested_class(hints[key]) for key in tree}
+    values = _typed_leaves(hints, {key: tree[key] for key in tree if nested[key] is None}, path)
+    for key, inner in nested.items():
+        where, value = _join(path, key), tree[key]
+        if inner is None:
+            continue
+        if isinstance(value, list):
+            values[key] = [_build(inner, v, f"{where}.{i}") for i, v in enumerate(value)]
+        else:
+            values[key] = None if value is None else _build(inner, value, where)
+    missing = [_join(path, name) for name in _mandatory(cls) if name not in values]
+    require(not missing, f"{', '.join(missing)}: missing, give a value")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(
+            text if not path or text.startswith(path) else f"{path}: {text}"
+        ) from error
+
+
+def _mandatory(cls: type) -> list[str]:
+    none = dataclasses.MISSING
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.init and field.default is none and field.default_factory is none
+    ]
+
+
+def _nested_class(hint: Any) -> type | None:
+    """The dataclass inside T, T | None or list[T]; None for leaves."""
+    for inner in (hint, *typing.get_args(hint)):
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            return inner
+    return None
+
+
+def _typed_leaves(hints: dict[str, Any], leaves: dict[str, Any], path: str) -> dict[str, Any]:
+    """Values checked and converted by OmegaConf's structured types; Literals and tuples by hand."""
+    literals = {k: hints[k] for k in leaves if typing.get_origin(hints[k]) is typing.Literal}
+    fields = [(key, str if key in literals else hints[key]) for key in leaves]
+    schema = dataclasses.make_dataclass("Section", fields)
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), leaves)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{_join(path, error.full_key)}: {_first_line(error)}") from error
+    values = OmegaConf.to_container(typed)
+    assert isinstance(values, dict)
+    for key, hint in literals.items():
+        choice(_join(path, key), values[key], typing.get_args(hint))
+    for key, value in values.items():
+        if typing.get_origin(hints[key]) is tuple and value is not None:
+            sizes = typing.get_args(hints[key])
+            holds = Ellipsis in sizes or len(value) == len(sizes)
+            require(holds, f"{_join(path, key)}={value} must have {len(sizes)} entries")
+            values[key] = tuple(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, Mapping | list) and len(tree) > 0:
+        pairs = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        return {k: v for key, inner in pairs for k, v in _flat(inner, _join(path, key)).items()}
+    return {path: tree}
+
+
+def _is_free(key: str) -> bool:
+    parts = key.split(".")
+    return any(
+        len(free) <= len(parts) and all(f in ("*", p) for f, p in zip(free, parts, strict=False))
+        for free in (pattern.split(".") for pattern in FREE_KEYS)
+    )
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,90 @@
+"""What a run does when trouble comes from outside: signals, and samples that are no good."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from longtake.data.plan import Exclusion
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Below this many samples a fraction says little: a few bad clips at the start must not stop a run.
+MIN_SEEN = 200
+
+
+class StopSignal:
+    """Remembers that the run was asked to stop; a second signal aborts at once with exit code 1."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(1)
+        self.received = signal.Signals(number).name
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Quarantine:
+    """The append-only list of excluded samples, equal on all ranks.
+
+    `agree` makes it durable in quarantine.jsonl before the optimizer steps; the checkpoint carries
+    it too, which is what a resumed run trusts.
+    """
+
+    def __init__(self, path: Path | None, max_bad_fraction: float, num_rows: int) -> None:
+        """`path` is None on ranks that do not write; `num_rows` counts the training catalogues."""
+        self.path = path
+        self.max_bad_fraction = max_bad_fraction
+        self.num_rows = num_rows
+        self.exclusions: list[Exclusion] = []
+
+    def agree(self, found: Sequence[Sequence[Exclusion]]) -> list[Exclusion]:
+        """Add what the ranks `found` this step (in rank order) and return what is new."""
+        known = {exclusion.sample_id for exclusion in self.exclusions}
+        new: dict[int, Exclusion] = {}
+        for exclusion in (e for rank in found for e in rank):
+            if exclusion.sample_id not in known:
+                new.setdefault(exclusion.sample_id, exclusion)
+        ordered = sorted(new.values(), key=lambda e: (e.from_step, e.sample_id))
+        self.exclusions.extend(ordered)
+        if ordered and self.path is not None:
+            self._append(self.path, ordered)
+        return ordered
+
+    def check(self, samples_seen: int) -> None:
+        """ValueError listing the bad samples once they exceed `data.max_bad_fraction`."""
+        looked_at = min(max(samples_seen, MIN_SEEN), self.num_rows)
+        if len(self.exclusions) <= self.max_bad_fraction * looked_at:
+            return
+        listed = "\n".join(f"  {e.sample_id}: {e.reason}" for e in self.exclusions[-20:])
+        raise ValueError(
+            f"data.max_bad_fraction={self.max_bad_fraction}: {len(self.exclusions)} of about "
+            f"{looked_at} samples could not be used; repair or filter them, or raise the limit. "
+            f"quarantine.jsonl lists all, the last are:\n{listed}"
+        )
+
+    def state(self) -> list[dict[str, int | str]]:
+        return [asdict(exclusion) for exclusion in self.exclusions]
+
+    def load(self, state: Sequence[dict[str, int | str]]) -> None:
+        self.exclusions = [
+            Exclusion(int(e["sample_id"]), int(e["from_step"]), str(e["reason"])) for e in state
+        ]
+
+    @staticmethod
+    def _append(path: Path, exclusions: Sequence[Exclusion]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(e)) + "\n" for e in exclusions)
+            file.flush()
+            os.fsync(file.fileno())

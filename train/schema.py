@@ -1,0 +1,191 @@
+"""The dataclasses of a run's config, one per section of `conf/`. YAML is complete: no defaults.
+
+Each checks its own values; what concerns several sections is checked in `config`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longtake.data.plan_config import DataConfig
+from longtake.models.conditioning import check_tasks
+from longtake.models.dit import DiTConfig
+from longtake.models.flow import TimestepConfig
+from longtake.models.sampler import SamplerConfig
+from longtake.models.text import TextConfig
+from longtake.models.vae import VAEConfig
+from longtake.train.engine import EngineConfig
+from longtake.train.optim import OptimConfig
+
+STAGES = ("vae", "dit")
+CODECS = ("vae", "identity")
+PREDICTIONS = ("velocity", "clean")
+
+
+def choice(key: str, value: Any, allowed: tuple[str, ...], remedy: str = "") -> None:
+    text = f"{key}={value} must be one of {', '.join(allowed)}"
+    require(value in allowed, f"{text}: {remedy}" if remedy else text)
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Every `*_every` counts optimizer steps; 0 turns the action off."""
+
+    steps: int
+    log_every: int
+    val_every: int
+    checkpoint_every: int
+    sample_every: int
+    keep_last: int  # checkpoints kept; 0 keeps all
+    deterministic: bool  # bit-equal weights on a GPU too
+    num_threads: int  # torch threads per rank; 0 leaves torch's choice
+    device: str  # auto | cpu | cuda
+    timeout: float  # seconds a collective may take before the run fails
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, f"train.steps={self.steps} must be > 0")
+        for name in ("log_every", "val_every", "checkpoint_every", "sample_every", "keep_last"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be >= 0")
+        require(
+            self.log_every > 0, "train.log_every=0 must be > 0: metrics.jsonl is always written"
+        )
+        require(self.num_threads >= 0, f"train.num_threads={self.num_threads} must be >= 0")
+        choice("train.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Running mean of the weights: decay is reached as min(decay, (1 + step) / (10 + step))."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.decay < 1.0, f"ema.decay={self.decay} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the numbers go besides metrics.jsonl."""
+
+    backend: str  # jsonl | wandb; metrics.jsonl is written either way
+    mode: str  # online | offline | disabled
+    project: str
+    entity: str | None
+    name: str | None
+    tags: list[str]
+
+    def __post_init__(self) -> None:
+        choice("tracking.backend", self.backend, ("jsonl", "wandb"))
+        choice("tracking.mode", self.mode, ("online", "offline", "disabled"))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    required: bool  # refuse at the start a config that `longtake export` could not export
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The fixed, in-order pass over the first clips of the validation sets."""
+
+    num_samples: int  # clips of the fixed validation pass
+    noise_levels: list[float]  # t of the DiT's validation loss
+
+    def __post_init__(self) -> None:
+        require(self.num_samples > 0, f"validation.num_samples={self.num_samples} must be > 0")
+        for level in self.noise_levels:
+            require(0.0 < level <= 1.0, f"validation.noise_levels has {level}, must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    l1: float  # weight of the mean absolute error, pixels in [-1, 1]
+    kl: float  # weight of the mean KL per latent value, nats
+
+
+@dataclass(frozen=True)
+class DiTLossConfig:
+    weighting: str  # token: every noisy token counts alike; sample: every sample does
+
+    def __post_init__(self) -> None:
+        choice("loss.weighting", self.weighting, ("token", "sample"))
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """What is drawn during training, and the defaults of `longtake sample`."""
+
+    prompts: list[str]  # empty: captions of the first validation clips
+    num_samples: int
+    steps: int  # sampler steps
+    guidance_scale: float
+    shift: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 0, f"samples.num_samples={self.num_samples} must be >= 0")
+        assert self.sampler  # its own checks
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """These settings as the sampler takes them."""
+        return SamplerConfig(self.steps, self.shift, self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every stage shares."""
+
+    stage: str
+    seed: int
+    output_dir: str
+    resume: str  # auto: go on where the folder stopped; force: although keys differ; never: refuse
+    train: TrainConfig
+    data: DataConfig
+    engine: EngineConfig
+    optim: OptimConfig
+    ema: EmaConfig
+    tracking: TrackingConfig
+    validation: ValidationConfig
+    export: ExportConfig
+
+    def __post_init__(self) -> None:
+        choice("resume", self.resume, ("auto", "force", "never"))
+
+
+@dataclass(frozen=True)
+class VAERun(RunConfig):
+    """A run of stage=vae: the video autoencoder."""
+
+    vae: VAEConfig
+    loss: VAELossConfig
+
+
+@dataclass(frozen=True)
+class DiTRun(RunConfig):
+    """A run of stage=dit: the diffusion transformer on latents or pixels."""
+
+    codec: str  # vae: cached latents; identity: pixels are the latents
+    vae_run: str | None  # run or checkpoint of the VAE; null: the one the latents name
+    model: DiTConfig
+    text: TextConfig
+    prediction: str  # velocity | clean: what the network predicts; the loss is the velocity loss
+    timesteps: TimestepConfig
+    tasks: dict[str, float]  # what is given: name -> probability weight, drawn per sample
+    caption_dropout: float  # share of samples that see the encoding of ""
+    loss: DiTLossConfig
+    samples: SamplesConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("codec", self.codec, CODECS)
+        choice("prediction", self.prediction, PREDICTIONS)
+        check_tasks(self.tasks)
+        rate = self.caption_dropout
+        require(0 <= rate < 1, f"caption_dropout={rate} must lie in [0, 1)")

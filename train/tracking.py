@@ -1,0 +1,166 @@
+"""Where numbers and videos of a run go: metrics.jsonl always, Weights & Biases by choice.
+
+The only module that knows wandb. Nothing that happens there may stop a training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from longtake.train.schema import TrackingConfig
+
+SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.I)
+URL_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+HIDDEN = "***"
+INIT_SECONDS = 30.0  # an unreachable server costs this once, then the run is kept offline
+
+
+class Tracker:
+    """Writes rows and videos on rank 0; on other ranks every call is free.
+
+    `attempt` counts the starts of this run folder and is part of every row: after a resume the rows
+    of a step appear again, and readers keep the last attempt (`read_metrics`).
+    """
+
+    def __init__(self, run_dir: Path, config: TrackingConfig, tree: Mapping[str, Any]) -> None:
+        self.run_dir = run_dir
+        record = _read_record(run_dir)
+        self.attempt = int(record["attempts"]) + 1
+        run_id = str(record["wandb_id"])
+        _write_record(run_dir, {"attempts": self.attempt, "wandb_id": run_id})
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        wants_wandb = config.backend == "wandb" and config.mode != "disabled"
+        self._wandb: ModuleType | None = None
+        self._run = self._start_wandb(run_id, config, tree) if wants_wandb else None
+
+    def log(self, step: int, row: Mapping[str, float | str]) -> None:
+        """One row of metrics.jsonl: {"step", "attempt", **row}; non-finite numbers become null."""
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        self._file.write(json.dumps({"step": step, "attempt": self.attempt, **clean}) + "\n")
+        self._file.flush()
+        self._send({**row, "step": step})
+
+    def log_videos(self, step: int, videos: Mapping[str, Path]) -> None:
+        """Show mp4 or png files under their names; they stay where they are in the run folder."""
+        if self._run is None or self._wandb is None:
+            return
+        wandb = self._wandb
+        media = {
+            name: wandb.Image(str(path))
+            if path.suffix == ".png"
+            else wandb.Video(str(path), format="mp4")
+            for name, path in videos.items()
+        }
+        self._send({**media, "step": step})
+
+    def finish(self, exit_code: int) -> None:
+        """Flush and close; W&B shows the run as failed for a non-zero code."""
+        self._file.close()
+        if self._run is not None:
+            run, self._run = self._run, None
+            try:
+                run.finish(exit_code=exit_code)
+            except Exception as error:
+                warnings.warn(f"W&B could not finish the run: {error}", stacklevel=2)
+
+    def _start_wandb(self, run_id: str, config: TrackingConfig, tree: Mapping[str, Any]) -> Any:
+        try:
+            import wandb
+
+            self._wandb = wandb
+            settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", save_code=False)
+            options: dict[str, Any] = {
+                "project": config.project,
+                "entity": config.entity,
+                "name": config.name or self.run_dir.name,
+                "tags": config.tags,
+                "id": run_id,
+                "dir": str(self.run_dir),
+                "config": redact(tree),
+                "settings": settings,
+            }
+            if config.mode == "online":
+                try:
+                    run = wandb.init(mode="online", resume="allow", **options)
+                except wandb.Error as error:
+                    warnings.warn(f"W&B is not reachable ({error}); kept offline", stacklevel=2)
+                    run = wandb.init(mode="offline", **options)
+            else:
+                run = wandb.init(mode="offline", **options)
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")
+        except Exception as error:
+            warnings.warn(f"W&B is off, metrics.jsonl goes on: {error}", stacklevel=2)
+            return None
+        return run
+
+    def _send(self, row: Mapping[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(dict(row))
+        except Exception as error:
+            warnings.warn(f"W&B is off from here, metrics.jsonl goes on: {error}", stacklevel=2)
+            self._run = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl in step order; of a step logged twice, those of the last attempt.
+
+    A torn last line (the run was killed while writing) is left out. Empty without a file.
+    """
+    rows: dict[tuple[int, frozenset[str]], dict[str, Any]] = {}
+    last: dict[int, int] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        step, attempt = int(row["step"]), int(row["attempt"])
+        last[step] = max(last.get(step, 0), attempt)
+        rows[step, frozenset(row)] = row
+    kept = [row for row in rows.values() if row["attempt"] == last[row["step"]]]
+    return sorted(kept, key=lambda row: row["step"])
+
+
+def redact(tree: Any, name: str = "") -> Any:
+    """A copy without secrets: values under telling names, logins in URLs, secrets of this process's
+    environment wherever they stand."""
+    if isinstance(tree, Mapping):
+        return {key: redact(value, str(key)) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact(value, name) for value in tree]
+    if not isinstance(tree, str):
+        return tree
+    if SECRET_NAME.search(name):
+        return HIDDEN
+    text = URL_LOGIN.sub(HIDDEN, tree)
+    for key, secret in os.environ.items():
+        if SECRET_NAME.search(key) and len(secret) >= 8:
+            text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _read_record(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "run.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {"attempts": 0, "wandb_id": uuid.uuid4().hex[:8]}
+
+
+def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
+    scratch = run_dir / "run.json.tmp"
+    scratch.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(scratch, run_dir / "run.json")
