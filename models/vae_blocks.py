@@ -40,7 +40,7 @@ class CausalConv3d(nn.Conv3d):
         taps, stride = self.kernel_size[0], self.stride[0]
         frames = (x.shape[2] + self.history - taps) // stride + 1
         if frames == 1:  # the zeros in front add nothing: a 2-D convolution over the real frames
-            return self._one_frame(x[:, :, -taps:])
+            return self._one_frame(x[:, :, : taps - self.history])
         if self.history:
             x = F.pad(x, (0, 0, 0, 0, self.history, 0))
         if not self._is_slow(x):

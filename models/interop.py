@@ -1,0 +1,236 @@
+"""Weights to and from diffusers' Wan classes. diffusers is imported on the first call.
+
+The function is the same on both sides; names, and a few layouts, are ours: queries, keys and values
+are one matrix, rotary pairs are halves of a head instead of neighbours, 1×1 kernels are matrices.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.vae import VAE, VAEConfig
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+# Our name → theirs, tried in this order; what no rule matches keeps its name.
+_VAE_RULES = (
+    (r"^quant\.", "quant_conv."),
+    (r"^post_quant\.", "post_quant_conv."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.qkv\.", ".mid_block.attentions.0.to_qkv."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"^decoder\.stages\.(\d+)\.blocks\.", r"decoder.up_blocks.\1.resnets."),
+    (r"^decoder\.stages\.(\d+)\.up\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"\.space\.", ".resample.1."),
+    (r"\.time\.", ".time_conv."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"(\.norm\w*)\.weight$", r"\1.gamma"),
+)
+_DIT_RULES = (
+    (r"^patch_embed\.", "patch_embedding."),
+    (r"^time_embed\.fc(\d)\.", r"condition_embedder.time_embedder.linear_\1."),
+    (r"^text_embed\.fc(\d)\.", r"condition_embedder.text_embedder.linear_\1."),
+    (r"^time_proj\.", "condition_embedder.time_proj."),
+    (r"^head\.", "proj_out."),
+    (r"modulation$", "scale_shift_table"),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.norm_cross\.", ".norm2."),
+    (r"\.proj\.", ".to_out.0."),
+    (r"\.norm_(q|k)$", r".norm_\1.weight"),
+    (r"\.mlp\.fc1\.", ".ffn.net.0.proj."),
+    (r"\.mlp\.fc2\.", ".ffn.net.2."),
+)
+
+
+def vae_config_from_diffusers(config: dict) -> VAEConfig:
+    """Our sizes of an `AutoencoderKLWan` config. ValueError for what this VAE does not do."""
+    for key in ("is_residual", "attn_scales", "patch_size"):
+        if config.get(key):
+            raise ValueError(
+                f"AutoencoderKLWan config has {key}={config[key]}: only the Wan 2.1 generation "
+                "without attention scales is supported"
+            )
+    return VAEConfig(
+        base_dim=config["base_dim"],
+        decoder_base_dim=config["decoder_base_dim"],
+        z_dim=config["z_dim"],
+        dim_mult=tuple(config["dim_mult"]),
+        temporal_downsample=tuple(config["temperal_downsample"]),
+        num_res_blocks=config["num_res_blocks"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+    )
+
+
+def vae_from_diffusers(module: "AutoencoderKLWan") -> VAE:
+    """A VAE with the weights of an `AutoencoderKLWan`."""
+    vae = VAE(vae_config_from_diffusers(dict(module.config)))
+    theirs, ours = module.state_dict(), vae.state_dict()
+    names = _vae_names(ours, vae.config)
+    _check_names(set(names.values()), set(theirs), "AutoencoderKLWan")
+    vae.load_state_dict({name: theirs[names[name]].reshape(ours[name].shape) for name in ours})
+    return vae
+
+
+def vae_to_diffusers(
+    vae: VAE, *, latents_mean: Sequence[float], latents_std: Sequence[float]
+) -> "AutoencoderKLWan":
+    """An `AutoencoderKLWan` with our weights and the per-channel statistics of the latents."""
+    from diffusers import AutoencoderKLWan
+
+    config = vae.config
+    with torch.random.fork_rng(devices=[]):  # building it draws weights that are then replaced
+        module = AutoencoderKLWan(
+            base_dim=config.base_dim,
+            decoder_base_dim=config.decoder_base_dim,
+            z_dim=config.z_dim,
+            dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temporal_downsample),
+            latents_mean=list(latents_mean),
+            latents_std=list(latents_std),
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            scale_factor_temporal=config.strides[0],
+            scale_factor_spatial=config.strides[1],
+        )
+    theirs, ours = module.state_dict(), vae.state_dict()
+    names = _vae_names(ours, config)
+    _check_names(set(names.values()), set(theirs), "AutoencoderKLWan")
+    module.load_state_dict(
+        {names[name]: tensor.reshape(theirs[names[name]].shape) for name, tensor in ours.items()}
+    )
+    return module.eval()
+
+
+def dit_config_from_diffusers(config: dict) -> DiTConfig:
+    """Our sizes of a `WanTransformer3DModel` config. ValueError for image cross-attention."""
+    for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+        if config.get(key) is not None:
+            raise ValueError(
+                f"WanTransformer3DModel config has {key}={config[key]}: weights with image "
+                "cross-attention are not supported; use a text-to-video or TI2V model"
+            )
+    if config["qk_norm"] != "rms_norm_across_heads":
+        raise ValueError(f"WanTransformer3DModel config has qk_norm={config['qk_norm']}")
+    return DiTConfig(
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"] or config["in_channels"],
+        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
+        num_heads=config["num_attention_heads"],
+        depth=config["num_layers"],
+        ffn_dim=config["ffn_dim"],
+        text_dim=config["text_dim"],
+        patch_size=tuple(config["patch_size"]),
+        freq_dim=config["freq_dim"],
+        cross_attn_norm=config["cross_attn_norm"],
+        eps=config["eps"],
+    )
+
+
+def dit_from_diffusers(module: "WanTransformer3DModel") -> DiT:
+    """A DiT with the weights of a `WanTransformer3DModel`."""
+    dit = DiT(dit_config_from_diffusers(dict(module.config)))
+    dit.load_state_dict(dit_state_from_diffusers(module.state_dict(), dit))
+    return dit
+
+
+def dit_state_from_diffusers(theirs: dict[str, Tensor], dit: DiT) -> dict[str, Tensor]:
+    """Tensors under their names → under ours; for weights and gradients alike."""
+    ours = dit.state_dict()
+    names = {name: _dit_names(name) for name in ours}
+    _check_names({n for parts in names.values() for n in parts}, set(theirs), "the Wan transformer")
+    state = {}
+    for name, parts in names.items():
+        tensors = [
+            _pair_halves(theirs[part], dit.config) if _is_rotated(part) else theirs[part]
+            for part in parts
+        ]
+        state[name] = torch.cat(tensors).reshape(ours[name].shape)
+    return state
+
+
+def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
+    """A `WanTransformer3DModel` with our weights."""
+    from diffusers import WanTransformer3DModel
+
+    config = dit.config
+    with torch.random.fork_rng(devices=[]):  # building it draws weights that are then replaced
+        module = WanTransformer3DModel(
+            patch_size=config.patch_size,
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.depth,
+            cross_attn_norm=config.cross_attn_norm,
+            eps=config.eps,
+        )
+    theirs = module.state_dict()
+    state = {}
+    for name, tensor in dit.state_dict().items():
+        parts = _dit_names(name)
+        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+            piece = _pair_neighbours(piece, config) if _is_rotated(part) else piece
+            state[part] = piece.reshape(theirs[part].shape)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def _vae_names(ours: dict[str, Tensor], config: VAEConfig) -> dict[str, str]:
+    """Our names → theirs. Their encoder numbers blocks and downsamplings in one flat list."""
+    per_stage = config.num_res_blocks + 1
+    names = {}
+    for name in ours:
+        match = re.match(r"encoder\.stages\.(\d+)\.(?:blocks\.(\d+)|down)\.(.*)", name)
+        theirs = name
+        if match:
+            stage, block, rest = match.groups()
+            flat = int(stage) * per_stage + int(config.num_res_blocks if block is None else block)
+            theirs = f"encoder.down_blocks.{flat}.{rest}"
+        for pattern, replacement in _VAE_RULES:
+            theirs = re.sub(pattern, replacement, theirs)
+        names[name] = theirs
+    return names
+
+
+def _dit_names(name: str) -> list[str]:
+    """Their names of our tensor: three for fused q, k, v, two for fused k, v, else one."""
+    fused = re.search(r"\.(qkv|kv|q)\.", name)
+    for pattern, replacement in _DIT_RULES:
+        name = re.sub(pattern, replacement, name)
+    if not fused:
+        return [name]
+    return [name.replace(f".{fused[1]}.", f".to_{part}.") for part in fused[1]]
+
+
+def _is_rotated(theirs: str) -> bool:
+    return re.search(r"\.attn1\.(to_q|to_k|norm_q|norm_k)\.", theirs) is not None
+
+
+def _pair_halves(tensor: Tensor, config: DiTConfig) -> Tensor:
+    """Rows of each head from neighbouring rotary pairs to halves."""
+    rows = tensor.unflatten(0, (config.num_heads, config.head_dim // 2, 2))
+    return rows.transpose(1, 2).reshape(tensor.shape)
+
+
+def _pair_neighbours(tensor: Tensor, config: DiTConfig) -> Tensor:
+    """Rows of each head from rotary halves to neighbouring pairs."""
+    rows = tensor.unflatten(0, (config.num_heads, 2, config.head_dim // 2))
+    return rows.transpose(1, 2).reshape(tensor.shape)
+
+
+def _check_names(expected: set[str], found: set[str], what: str) -> None:
+    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    if missing or unexpected:
+        raise ValueError(f"weights of {what}: missing {missing[:8]}, unexpected {unexpected[:8]}")

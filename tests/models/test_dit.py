@@ -1,0 +1,194 @@
+"""The DiT against diffusers: outputs, gradients, text padding, noise levels per token."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.interop import dit_from_diffusers, dit_state_from_diffusers, dit_to_diffusers
+
+PEERS = {
+    "two heads": {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12,
+        "in_channels": 4, "out_channels": 4, "text_dim": 10, "freq_dim": 16, "ffn_dim": 40,
+        "num_layers": 2,
+    },
+    "no cross norm, other patch": {
+        "patch_size": (2, 1, 3), "num_attention_heads": 3, "attention_head_dim": 10,
+        "in_channels": 5, "out_channels": 3, "text_dim": 7, "freq_dim": 8, "ffn_dim": 30,
+        "num_layers": 3, "cross_attn_norm": False,
+    },
+    "one head": {
+        "patch_size": (1, 1, 1), "num_attention_heads": 1, "attention_head_dim": 32,
+        "in_channels": 2, "out_channels": 2, "text_dim": 4, "freq_dim": 32, "ffn_dim": 16,
+        "num_layers": 1, "eps": 1e-5,
+    },
+}  # fmt: skip
+TINY = DiTConfig(
+    in_channels=4, out_channels=4, hidden_size=24, num_heads=2, depth=2, ffn_dim=48, text_dim=10
+)
+
+
+def randomise(module: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        scale = 0.7 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 0.2
+        parameter.data = start + noise * (0.3 if "scale_shift" in name else scale)
+
+
+def peer(name: str) -> WanTransformer3DModel:
+    module = WanTransformer3DModel(**PEERS[name])
+    randomise(module)
+    return module
+
+
+def inputs(module: WanTransformer3DModel, length: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    config = module.config
+    latents = torch.randn(3, config.in_channels, 4, 6, 6, generator=generator)
+    text = torch.randn(3, length, config.text_dim, generator=generator)
+    return latents, torch.tensor([0.0, 0.37, 1.0]), text
+
+
+def compare(ours: DiT, theirs: WanTransformer3DModel, found: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    (expected * weight).mean().backward()
+    (found * weight).mean().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    wanted = dit_state_from_diffusers(grads, ours)
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_equals_diffusers(name: str) -> None:
+    theirs = peer(name)
+    ours = dit_from_diffusers(theirs)
+    latents, t, text = inputs(theirs)
+    expected = theirs(latents, 1000 * t, text).sample
+    compare(ours, theirs, ours(latents, t, text), expected)
+
+
+@pytest.mark.parametrize("lens", [(3, 1, 5), (9, 2, 4), (8, 8, 1)])
+def test_text_padding_equals_the_padded_peer(lens: tuple[int, ...]) -> None:
+    theirs = peer("two heads")
+    ours = dit_from_diffusers(theirs)
+    latents, t, text = inputs(theirs)
+    for row, used in zip(text, lens, strict=True):
+        row[used:] = 0
+    expected = theirs(latents, 1000 * t, text).sample
+    compare(ours, theirs, ours(latents, t, text, torch.tensor(lens)), expected)
+
+
+@pytest.mark.parametrize("name", ["two heads", "no cross norm, other patch"])
+def test_levels_equal_a_timestep_per_token(name: str) -> None:
+    theirs = peer(name)
+    ours = dit_from_diffusers(theirs)
+    latents, t, text = inputs(theirs)
+    levels = torch.stack((t, torch.zeros(3)), dim=1)
+    num_tokens = 4 * 6 * 6 // torch.tensor(ours.config.patch_size).prod().item()
+    index = torch.randint(0, 2, (3, num_tokens), generator=torch.Generator().manual_seed(5))
+    expected = theirs(latents, 1000 * levels.gather(1, index), text).sample
+    found = ours(latents, None, text, levels=levels, level_index=index)
+    compare(ours, theirs, found, expected)
+
+
+@torch.no_grad()
+def test_one_level_equals_plain_timesteps() -> None:
+    ours = dit_from_diffusers(peer("two heads"))
+    latents, t, text = inputs(peer("two heads"))
+    index = torch.ones(3, 36, dtype=torch.int64)
+    found = ours(latents, None, text, levels=torch.stack((0 * t, t), 1), level_index=index)
+    torch.testing.assert_close(found, ours(latents, t, text), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_samples_do_not_depend_on_the_batch() -> None:
+    ours = dit_from_diffusers(peer("two heads"))
+    latents, t, text = inputs(peer("two heads"))
+    together = ours(latents, t, text)
+    for i in range(3):
+        alone = ours(latents[i : i + 1], t[i : i + 1], text[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_round_trip_through_diffusers() -> None:
+    ours = DiT(TINY)
+    randomise(ours)
+    theirs = dit_to_diffusers(ours)
+    back = dit_from_diffusers(theirs)
+    assert back.config == TINY
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
+    latents, t, text = inputs(theirs)
+    torch.testing.assert_close(
+        theirs(latents, 1000 * t, text).sample, ours(latents, t, text), atol=1e-5, rtol=0
+    )
+
+
+def test_bf16_autocast_is_close() -> None:
+    ours = dit_from_diffusers(peer("two heads"))
+    latents, t, text = inputs(peer("two heads"))
+    exact = ours(latents, t, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours(latents, t, text, torch.tensor([4, 4, 4]) + 5)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().mean() < 0.03 * exact.abs().mean()
+    found.square().mean().backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_fresh_model_predicts_zero_and_every_part_can_learn() -> None:
+    torch.manual_seed(0)
+    dit = DiT(TINY)
+    optimizer = torch.optim.Adam(dit.parameters(), lr=1e-2)
+    latents, text = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 3, 10)
+    t = torch.tensor([0.2, 0.8])
+    assert dit(latents, t, text).abs().max() == 0
+    before = {name: p.detach().clone() for name, p in dit.named_parameters()}
+    for _ in range(4):
+        (dit(latents, t, text) - latents).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in dit.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"hidden_size": 25}, "model.hidden_size=25 must be divisible by model.num_heads=2"),
+        ({"num_heads": 12}, "at least 6"),
+        ({"patch_size": (1, 0, 2)}, "model.patch_size"),
+        ({"freq_dim": 3}, "model.freq_dim=3"),
+        ({"depth": 0}, "model.depth=0"),
+    ],
+)
+def test_wrong_configs_are_refused(change: dict, rule: str) -> None:
+    base = {
+        "in_channels": 4, "out_channels": 4, "hidden_size": 24, "num_heads": 2, "depth": 2,
+        "ffn_dim": 48, "text_dim": 10,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=rule):
+        DiTConfig(**{**base, **change})
+
+
+def test_wrong_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"divisible by model\.patch_size"):
+        DiT(TINY)(torch.zeros(1, 4, 2, 5, 4), torch.zeros(1), torch.zeros(1, 2, 10))
+
+
+def test_image_cross_attention_is_refused_by_name() -> None:
+    module = WanTransformer3DModel(
+        **PEERS["one head"], image_dim=8, added_kv_proj_dim=32, pos_embed_seq_len=None
+    )
+    with pytest.raises(ValueError, match="image_dim=8"):
+        dit_from_diffusers(module)
