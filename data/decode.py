@@ -242,7 +242,8 @@ def _opened(data: bytes, limits: HeaderLimits) -> Iterator[tuple[InputContainer,
     except DecodeError:
         raise
     except (av.FFmpegError, EOFError, OverflowError, UnicodeDecodeError) as error:
-        raise DecodeError(f"damaged or truncated: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DecodeError(f"damaged or truncated: {reason}") from error
 
 
 def _timeline(container: InputContainer, stream: VideoStream, limits: HeaderLimits) -> _Timeline:

@@ -1,0 +1,174 @@
+"""Exact, random-access order of one dataset's samples over lanes, visits and buckets.
+
+In each visit the shards come in a new random order. For each bucket the samples in that order are
+cut into one contiguous segment for each lane, equal within one sample over any number of visits,
+so lanes neither drift apart nor share a sample, and a lane touches about 1/lanes of the shards.
+Inside a segment the samples of a window of shards are shuffled together. A lane's segments of
+successive visits form one endless stream: tails are carried on, nothing is dropped.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longtake.data.randomness import derive_seed, hash_order
+
+_WINDOWS_KEPT = 256  # 16 shards of 500 samples make 64 kB
+
+
+def interleave(position: int, weights: Sequence[int], phase: tuple[int, int]) -> tuple[int, int]:
+    """Which of the weighted items comes at `position` of an endless even mixture, and its rank.
+
+    Item i appears within one of position * weights[i] / sum(weights) times among any first
+    positions of its level (an error-diffusion rule applied to one item against the rest). `phase`,
+    a fraction in [0, 1), shifts the pattern. O(items), exact at any position.
+    """
+    numerator, denominator = phase
+    total = sum(weights)
+    for item, weight in enumerate(weights[:-1]):
+        shift = total * numerator // denominator
+        before = (position * weight + shift) // total
+        if ((position + 1) * weight + shift) // total > before:
+            return item, before
+        position -= before
+        total -= weight
+    return len(weights) - 1, position
+
+
+@dataclass(frozen=True)
+class Place:
+    """A sample's place: its row in the catalogue, the visit, and the segment it belongs to."""
+
+    row: int
+    visit: int
+    segment: tuple[int, int]
+
+
+class Lanes:
+    """Streams of one dataset: `locate(bucket, lane, i)` is the i-th sample of (lane, bucket)."""
+
+    def __init__(
+        self,
+        shards: np.ndarray,
+        bucket: np.ndarray,
+        *,
+        num_buckets: int,
+        num_lanes: int,
+        window: int,
+        seed: int,
+    ) -> None:
+        """`shards` (N,) numbers the shard of each row, rows of a shard together; `bucket` (N,)."""
+        self.num_lanes, self.window, self.seed = num_lanes, window, seed
+        self.bucket = bucket
+        self.bounds = _piece_bounds(shards, num_lanes)  # (P + 1,)
+        pieces = np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
+        kept = bucket >= 0
+        self.counts = np.bincount(
+            pieces[kept] * num_buckets + bucket[kept],
+            minlength=(len(self.bounds) - 1) * num_buckets,
+        ).reshape(-1, num_buckets)  # (P, buckets)
+        self.totals = self.counts.sum(axis=0)
+        self._orders: OrderedDict[Hashable, Any] = OrderedDict()
+        self._windows: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def locate(self, bucket: int, lane: int, index: int) -> Place:
+        """The index-th sample of a stream; O(1) but for orders and windows, which are kept."""
+        total = int(self.totals[bucket])
+        visit = (self.num_lanes * index + lane) // total
+        start, stop = self._segment(total, visit, lane)
+        position = start + index - self._lane_length(total, visit, lane)
+        _, ends = self._order(bucket, visit)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        num_windows = -(-int(last + 1 - first) // self.window)
+        edges = first + (last + 1 - first) * np.arange(num_windows + 1) // num_windows
+        piece = np.searchsorted(ends, position, side="right")
+        number = int(np.searchsorted(edges, piece, side="right")) - 1
+        low, high = int(edges[number]), int(edges[number + 1])
+        window_start = max(start, int(ends[low - 1]) if low else 0)
+        window_stop = min(stop, int(ends[high - 1]))
+        rows = _remember(
+            self._windows,
+            (bucket, visit, lane, number),
+            lambda: self._shuffled(bucket, visit, lane, number, window_start, window_stop),
+            _WINDOWS_KEPT,
+        )
+        return Place(int(rows[position - window_start]), visit, (start, stop))
+
+    def row_at(self, bucket: int, visit: int, position: int) -> int:
+        """The row at an unshuffled position of a visit's order of a bucket."""
+        return int(self._rows(bucket, visit, position, position + 1)[0])
+
+    def _lane_length(self, total: int, visits: int, lane: int) -> int:
+        """Samples that a lane's stream holds in its first `visits` visits: an even deal."""
+        return (visits * total + self.num_lanes - 1 - lane) // self.num_lanes
+
+    def _segment(self, total: int, visit: int, lane: int) -> tuple[int, int]:
+        lanes = np.arange(lane + 1)
+        spare = self.num_lanes - 1 - lanes
+        lengths = ((visit + 1) * total + spare) // self.num_lanes - (
+            visit * total + spare
+        ) // self.num_lanes
+        stop = int(lengths.sum())
+        return stop - int(lengths[-1]), stop
+
+    def _order(self, bucket: int, visit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces that hold samples of the bucket, in the visit's order, and their running sums."""
+
+        def build() -> tuple[np.ndarray, np.ndarray]:
+            order = hash_order(len(self.counts), derive_seed(self.seed, "shards", visit))
+            counts = self.counts[order, bucket]
+            return order[counts > 0], np.cumsum(counts[counts > 0])
+
+        return _remember(self._orders, (bucket, visit), build, 4 * self.counts.shape[1])
+
+    def _rows(self, bucket: int, visit: int, start: int, stop: int) -> np.ndarray:
+        """Rows at the unshuffled positions start..stop of a visit's order of a bucket."""
+        pieces, ends = self._order(bucket, visit)
+        low, high = np.searchsorted(ends, [start, stop - 1], side="right")
+        offset = int(ends[low - 1]) if low else 0
+        found = []
+        for piece in pieces[low : high + 1]:
+            begin, end = self.bounds[piece], self.bounds[piece + 1]
+            found.append(begin + np.flatnonzero(self.bucket[begin:end] == bucket))
+        return np.concatenate(found)[start - offset : stop - offset]
+
+    def _shuffled(
+        self, bucket: int, visit: int, lane: int, number: int, start: int, stop: int
+    ) -> np.ndarray:
+        rows = self._rows(bucket, visit, start, stop)
+        seed = derive_seed(self.seed, "samples", bucket, visit, lane, number)
+        return rows[hash_order(len(rows), seed)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_orders": OrderedDict(), "_windows": OrderedDict()}
+
+
+def _piece_bounds(shards: np.ndarray, num_lanes: int) -> np.ndarray:
+    """Row bounds (P + 1,) of what is dealt as a whole: shards, or ranges of them where few.
+
+    Under two shards for each lane would always bring the same rows together in a lane.
+    """
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(shards)) + 1, [len(shards)]])
+    num_shards = len(edges) - 1
+    if num_shards >= 2 * num_lanes:
+        return edges
+    ranges = -(-4 * num_lanes // num_shards)
+    parts = np.arange(ranges) / ranges
+    inner = edges[:-1, None] + (np.diff(edges)[:, None] * parts[None]).astype(np.int64)
+    return np.unique(np.concatenate([inner.ravel(), edges[-1:]]))
+
+
+def _remember(
+    cache: OrderedDict[Hashable, Any], key: Hashable, build: Callable[[], Any], limit: int
+) -> Any:
+    """Least-recently-used cache: a worker walks its lanes in order, so few entries are live."""
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    value = cache[key] = build()
+    if len(cache) > limit:
+        cache.popitem(last=False)
+    return value
