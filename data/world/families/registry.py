@@ -101,7 +101,12 @@ def is_held_out(colour: str, shape: str, verb: int) -> bool:
 
 
 def draw_look(
-    rng: np.random.Generator, canvas: Canvas, verb: int, taken: Sequence[str] = ()
+    rng: np.random.Generator,
+    canvas: Canvas,
+    verb: int,
+    *,
+    taken: Sequence[str] = (),
+    shapes: Sequence[str] = SHAPES,
 ) -> tuple[str, str]:
     """Colour (not one of `taken`) and shape of a subject, on the split's side of the hold-out.
 
@@ -110,7 +115,7 @@ def draw_look(
     colours = [c for c in COLOURS if c not in taken]
     while True:
         colour = colours[rng.integers(len(colours))]
-        shape = SHAPES[rng.integers(len(SHAPES))]
+        shape = shapes[rng.integers(len(shapes))]
         if canvas.split == "combo" and taken:
             return colour, shape
         if is_held_out(colour, shape, verb) == (canvas.split == "combo"):
