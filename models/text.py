@@ -55,13 +55,11 @@ class Tokenizer:
     """Captions → token ids without padding, cleaned, with the end mark, cut at `max_length`."""
 
     def __init__(self, config: TextConfig) -> None:
-        from transformers import AutoTokenizer, ByT5Tokenizer
+        from transformers import ByT5Tokenizer
 
         self.config = config
         self.tokenizer: Any = (
-            ByT5Tokenizer()
-            if config.kind == "bytes"
-            else AutoTokenizer.from_pretrained(config.path)
+            ByT5Tokenizer() if config.kind == "bytes" else _load_tokenizer(config.path)
         )
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
@@ -98,6 +96,13 @@ class TextEncoder(nn.Module):
             )
         )
 
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Training mode; a frozen encoder stays in evaluation mode, its dropout off."""
+        super().train(mode)
+        if self.config.kind == "pretrained":
+            self.encoder.eval()
+        return self
+
     @property
     def embed_dim(self) -> int:
         """Width of the embeddings."""
@@ -120,6 +125,16 @@ class TextEncoder(nn.Module):
             embeds = self.encoder(padded, mask.long()).last_hidden_state
         embeds = embeds * mask[..., None]
         return nn.functional.pad(embeds, (0, 0, 0, limit - longest)), lens
+
+
+def _load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer, ByT5Tokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    # AutoTokenizer goes by the model type, which says nothing about a byte tokenizer.
+    if get_tokenizer_config(path).get("tokenizer_class") == "ByT5Tokenizer":
+        return ByT5Tokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
 
 
 def _load_encoder(path: str) -> nn.Module:
