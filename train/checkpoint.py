@@ -41,8 +41,9 @@ FORMAT = "longtake-checkpoint-1"
 MANIFEST = "manifest.json"
 TRAIN_STATE = "train_state.json"
 CONFIG = "config.json"
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
-UNFINISHED, REPLACED = ".unfinished-", ".replaced-"  # names that are no checkpoints
+UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+# A replaced one counts too: whoever was killed between its two renames left nothing else.
+STEP_FOLDER = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
 logger = logging.getLogger("longtake.checkpoint")
 
 
@@ -111,8 +112,7 @@ def write(
     def make_folder() -> None:
         if ranks.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            for rest in folder.glob(f"{UNFINISHED}*"):
-                shutil.rmtree(rest)
+            remove_leftovers(folder)
             unfinished.mkdir()
 
     def write_own_file() -> dict[str, Any]:
@@ -194,6 +194,15 @@ def merge_ranges(reports: list[list[Any]]) -> dict[str, dict[str, Any]]:
     return tensors
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed writer left, unless it is the only copy of its step."""
+    for rest in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(rest)
+    for rest in folder.glob(f"{REPLACED}*"):
+        if rest.with_name(rest.name.removeprefix(REPLACED)).exists():
+            shutil.rmtree(rest)
+
+
 def put_in_place(unfinished: Path, final: Path) -> None:
     """Renames; a checkpoint of the same step (damaged, or of another attempt) gives way."""
     replaced = final.with_name(f"{REPLACED}{final.name}")
@@ -239,10 +248,6 @@ def find_last_good(folder: Path, ranks: Ranks | None = None) -> Path | None:
     ranks = ranks or single_process()
     candidates: list[str] = []
     if ranks.is_main:
-        for replaced in Path(folder).glob(f"{REPLACED}*"):  # killed between two renames
-            original = replaced.with_name(replaced.name.removeprefix(REPLACED))
-            if not original.exists():
-                replaced.rename(original)
         candidates = [str(path) for _, path in list_steps(folder)]
     for candidate in map(Path, ranks.broadcast(candidates)):
         problems = verify(candidate, ranks)

@@ -77,12 +77,7 @@ class Engine:
         config: EngineConfig,
         ranks: Ranks,
     ) -> None:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and parameter.dtype != torch.float32:
-                raise ValueError(
-                    f"{name} is {parameter.dtype}, but trainable parameters are fp32 masters: "
-                    "build the module in fp32, engine.precision=bf16 computes in bf16 by autocast"
-                )
+        check_masters(module)
         self.config = config
         self.ranks = ranks
         self.module = module.to(ranks.device)
@@ -170,6 +165,18 @@ class Engine:
     def refresh(self) -> None:
         """Makes every rank's forward use the parameters in the owned ranges; all ranks together."""
         self.strategy.refresh()
+
+
+def check_masters(module: nn.Module) -> None:
+    """ValueError unless every trainable parameter is fp32 and row-major."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {parameter.dtype}, but trainable parameters are fp32 masters: "
+                "build the module in fp32, engine.precision=bf16 computes in bf16 by autocast"
+            )
+        if parameter.requires_grad and not parameter.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: keep parameters row-major")
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

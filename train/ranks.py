@@ -91,12 +91,13 @@ def init_distributed(device: str = "cpu", timeout: float = 1800.0) -> Ranks:
 def shutdown(exit_code: int | None = None) -> None:
     """Leaves the process group; with `exit_code`, ends the process as well.
 
-    A clean end waits for the other ranks first. The process then ends by `os._exit`: finished gloo
-    processes were seen to abort in their destructors. After a failure (another code) nobody waits,
-    since the other ranks may hang in a collective that this one never joined.
+    A clean end (0, or 75 after a preemption) waits for the other ranks first. The process then ends
+    by `os._exit`: finished gloo processes were seen to abort in their destructors. After a failure
+    (another code) nobody waits, since the other ranks may hang in a collective that this one never
+    joined.
     """
     if dist.is_initialized():
-        if not exit_code:
+        if exit_code in (None, 0, 75):
             dist.barrier()
         if exit_code is None:
             dist.destroy_process_group()
