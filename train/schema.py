@@ -95,10 +95,12 @@ class ValidationConfig:
     """The fixed, in-order pass over the first clips of the validation sets."""
 
     num_samples: int  # clips of the fixed validation pass
+    num_videos: int  # of them, how many are drawn and shown; 0 draws nothing
     noise_levels: list[float]  # t of the DiT's validation loss
 
     def __post_init__(self) -> None:
         require(self.num_samples > 0, f"validation.num_samples={self.num_samples} must be > 0")
+        require(self.num_videos >= 0, f"validation.num_videos={self.num_videos} must be >= 0")
         for level in self.noise_levels:
             require(0.0 < level <= 1.0, f"validation.noise_levels has {level}, must be in (0, 1]")
 
@@ -122,14 +124,12 @@ class SamplesConfig:
     """What is drawn during training, and the defaults of `longtake sample`."""
 
     prompts: list[str]  # empty: captions of the first validation clips
-    num_samples: int
     steps: int  # sampler steps
     guidance_scale: float
     shift: float
     seed: int
 
     def __post_init__(self) -> None:
-        require(self.num_samples >= 0, f"samples.num_samples={self.num_samples} must be >= 0")
         assert self.sampler  # its own checks
 
     @property

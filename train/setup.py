@@ -1,0 +1,190 @@
+"""Everything a run needs before its first step.
+
+`check` costs nothing but reading: config, folder, catalogues and plan, on every rank from equal
+inputs, so that mistakes are found before a process group or a weight exists. `build` joins the
+ranks, makes the weights and reads the last good checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtake.data.latents import read_manifest
+from longtake.data.plan import Plan, ValPlan, rank_slots
+from longtake.train import checkpoint
+from longtake.train.codec import KEPT_MANIFEST, find_manifest, load_codec
+from longtake.train.config import (
+    check_world_size,
+    load_config,
+    to_tree,
+    training_changes,
+    write_config,
+)
+from longtake.train.console import RunConsole
+from longtake.train.dit_task import DiTTask
+from longtake.train.ema import Ema
+from longtake.train.engine import Engine, Ranks, init_distributed
+from longtake.train.health import Quarantine, StopSignal
+from longtake.train.run_folder import CHECKPOINTS, CONFIG, QUARANTINE, RUNNING, mark, read_marker
+from longtake.train.runs import pick_device
+from longtake.train.schema import DiTRun, VAERun, require
+from longtake.train.tasks import Task, VAETask
+from longtake.train.tracking import Tracker
+from longtake.train.trainer import Training, Validation
+
+FRESH: dict[str, Any] = {"step": 0, "samples_seen": 0, "exclusions": []}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config that passed every check that needs no process group and no weights."""
+
+    config: VAERun | DiTRun
+    folder: Path
+    plan: Plan
+    validation: ValPlan | None
+
+
+def check(config: VAERun | DiTRun) -> Prepared:
+    """Read what the run will need; ValueError, alike on every rank, for what cannot work."""
+    folder = Path(config.output_dir).absolute()
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_folder(config, folder)
+    _check_latents(config)
+    return Prepared(config, folder, Plan.from_config(config.data, config.seed), _validation(config))
+
+
+def _check_folder(config: VAERun | DiTRun, folder: Path) -> None:
+    if not (folder / CONFIG).exists():
+        return
+    if config.resume == "never":
+        raise ValueError(
+            f"resume=never, but {folder} already holds a run "
+            f"({read_marker(folder) or 'never started'}); choose another output_dir or resume=auto"
+        )
+    changes = training_changes(to_tree(load_config(folder / CONFIG)), to_tree(config))
+    if changes and config.resume != "force":
+        listed = "\n  ".join(changes)
+        raise ValueError(
+            f"{folder} was started with another config; these keys would change the training:\n"
+            f"  {listed}\nset them back, use resume=force to go on all the same, or give another "
+            "output_dir"
+        )
+
+
+def _check_latents(config: VAERun | DiTRun) -> None:
+    """Cached latents and text must be of the kind and size the model takes."""
+    if isinstance(config, VAERun) or config.codec == "identity":
+        return
+    for index, dataset in enumerate(config.data.train):
+        manifest = read_manifest(dataset.path)
+        require(
+            manifest.z_dim == config.model.in_channels,
+            f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the channels "
+            f"of the latents in data.train.{index}.path={dataset.path}",
+        )
+        kind = "tokens" if config.text.kind == "bytes" else "embeddings"
+        cache = manifest.text
+        require(
+            (cache.kind, cache.max_length) == (kind, config.text.max_length),
+            f"text.kind={config.text.kind} with text.max_length={config.text.max_length} needs "
+            f"cached {kind} of that length, data.train.{index}.path={dataset.path} holds "
+            f"{cache.kind} of {cache.max_length}: run `longtake encode` with this text config",
+        )
+
+
+def _validation(config: VAERun | DiTRun) -> ValPlan | None:
+    if not config.data.val:
+        return None
+    return ValPlan.from_config(config.data, config.seed, config.validation.num_samples)
+
+
+def build(prepared: Prepared) -> Training:
+    """Join the ranks, build the weights, read the last good checkpoint; ready for the loop."""
+    config, folder, plan = prepared.config, prepared.folder, prepared.plan
+    _prepare_torch(config)
+    ranks = init_distributed(pick_device(config.train.device).type, config.train.timeout)
+    torch.manual_seed(config.seed)  # the initial weights, alike on every rank
+    task = _build_task(config, folder, ranks.device)
+    engine = Engine(task.module, config.optim, config.engine, ranks)
+    ema = Ema(engine, config.ema.decay)
+    state = _resume(prepared, engine, ema, ranks)
+    log = folder / QUARANTINE if ranks.is_main else None
+    quarantine = Quarantine(log, config.data.max_bad_fraction, plan.num_samples)
+    quarantine.load(state["exclusions"])
+    tracker = _open_folder(prepared, ranks)
+    console = RunConsole(config.stage, config.train.steps, state["step"], ranks.is_main)
+    if state["step"] == 0:
+        console.say(plan.summary())
+    else:
+        console.say(f"{folder}: goes on at step {state['step']}")
+    slots = rank_slots(config.data.micro_batches_per_step, ranks.rank, ranks.world_size)
+    return Training(
+        config=config,
+        folder=folder,
+        ranks=ranks,
+        task=task,
+        engine=engine,
+        ema=ema,
+        plan=plan,
+        slots=slots,
+        validation=Validation(prepared.validation, config, ranks),
+        quarantine=quarantine,
+        tracker=tracker,
+        console=console,
+        signals=StopSignal(),
+        step=state["step"],
+        samples_seen=state["samples_seen"],
+    )
+
+
+def _prepare_torch(config: VAERun | DiTRun) -> None:
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _build_task(config: VAERun | DiTRun, folder: Path, device: torch.device) -> Task:
+    if isinstance(config, VAERun):
+        return VAETask(config, device)
+    return DiTTask(config, device, load_codec(config, folder=folder, device=device))
+
+
+def _resume(prepared: Prepared, engine: Engine, ema: Ema, ranks: Ranks) -> dict[str, Any]:
+    """State of the last good checkpoint, its tensors now in engine and EMA; FRESH without one."""
+    path = checkpoint.find_last_good(prepared.folder / CHECKPOINTS, ranks)
+    if path is None:
+        return FRESH
+    state = checkpoint.load_into(path, engine, ema)
+    is_same = state["plan"] == prepared.plan.fingerprint
+    if not is_same and prepared.config.resume != "force":
+        raise ValueError(
+            f"data.train: the shards are not those that {path} was trained on (or were indexed "
+            "anew with other content); put them back, use resume=force, or give another output_dir"
+        )
+    return state
+
+
+def _open_folder(prepared: Prepared, ranks: Ranks) -> Tracker | None:
+    """Write what a run folder starts with; every rank has checked the old config before."""
+    ranks.barrier()
+    if not ranks.is_main:
+        return None
+    config, folder = prepared.config, prepared.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, folder / CONFIG)
+    if isinstance(config, DiTRun) and config.codec == "vae":
+        _, latents = find_manifest(config, folder)
+        if (latents / KEPT_MANIFEST).is_file():
+            shutil.copyfile(latents / KEPT_MANIFEST, folder / KEPT_MANIFEST)
+    mark(folder, RUNNING, pid=os.getpid(), world_size=ranks.world_size)
+    return Tracker(folder, config.tracking, to_tree(config))

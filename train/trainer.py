@@ -1,0 +1,242 @@
+"""The training loop: log, validate, save and stop at the top, one optimizer step at the bottom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from longtake.data.loader import Batch, Loader, read_batches
+from longtake.data.plan import Exclusion, Plan, ValPlan
+from longtake.train import checkpoint
+from longtake.train.config import to_tree
+from longtake.train.console import RunConsole
+from longtake.train.ema import Ema
+from longtake.train.engine import Engine, Ranks
+from longtake.train.health import Quarantine, StopSignal
+from longtake.train.metrics import Throughput, WeightedMean
+from longtake.train.optim import lr_at
+from longtake.train.playback import viewing_mp4
+from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
+from longtake.train.schema import DiTRun, VAERun
+from longtake.train.tasks import Drawing, Means, Task
+from longtake.train.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The fixed validation pass, read anew each time: it may not fit in memory."""
+
+    plan: ValPlan | None
+    config: VAERun | DiTRun
+    ranks: Ranks
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's share; as many batches of the same shapes on every rank."""
+        return self._read(self.ranks.rank, self.ranks.world_size)
+
+    def head(self) -> list[Batch]:
+        """The first validation.num_videos clips, of one shape, alike on all ranks."""
+        first = next(self._read(0, 1), None)
+        count = self.config.validation.num_videos
+        return [] if first is None or not count else [replace(first, clips=first.clips[:count])]
+
+    def _read(self, rank: int, world_size: int) -> Iterator[Batch]:
+        if self.plan is None:
+            return iter(())
+        micro_batches = self.plan.micro_batches(rank, world_size)
+        return read_batches(self.plan.catalogues, self.config.data, micro_batches)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know about a step once each has loaded its slots."""
+
+    weight: float  # denominator of the loss
+    samples: int
+    tokens: int
+    stop: bool
+
+
+@dataclass
+class Training:
+    """A run in progress: what the loop reads, advances and asks for."""
+
+    config: VAERun | DiTRun
+    folder: Path
+    ranks: Ranks
+    task: Task
+    engine: Engine
+    ema: Ema
+    plan: Plan
+    slots: range  # of this rank
+    validation: Validation
+    quarantine: Quarantine
+    tracker: Tracker | None
+    console: RunConsole
+    signals: StopSignal
+    step: int
+    samples_seen: int
+
+    def __post_init__(self) -> None:
+        self._loader = self._load_from(self.step)
+
+    def _load_from(self, step: int) -> Iterator[list[Batch]]:
+        bad = self.quarantine.exclusions
+        return iter(Loader(self.plan, self.slots, start_step=step, exclusions=bad))
+
+    def load(self) -> list[Batch]:
+        """This rank's batches of the present step."""
+        return next(self._loader)
+
+    def agree(self, batches: list[Batch]) -> Agreed:
+        """Share what this rank found: its part of the denominator, bad samples, a stop signal.
+
+        Exclusions are durable in quarantine.jsonl when it returns, before the optimizer steps.
+        """
+        samples = [clip.sample for batch in batches for clip in batch.clips]
+        report = {
+            "weight": sum(self.task.weight(sample) for sample in samples),
+            "tokens": sum(self.task.tokens(sample) for sample in samples),
+            "samples": len(samples),
+            "stop": self.signals.received,
+            "bad": [asdict(exclusion) for batch in batches for exclusion in batch.excluded],
+        }
+        reports = self.ranks.gather(report)
+        new = self.quarantine.agree([[Exclusion(**e) for e in r["bad"]] for r in reports])
+        if new:
+            self.ranks.barrier()  # rank 0 has written them down
+            for exclusion in new:
+                self.console.say(f"left out from here on: {exclusion.reason}")
+            self.quarantine.check(self.samples_seen)
+            self._loader = self._load_from(self.step + 1)
+        weight, tokens, count = (
+            sum(r[k] for r in reports) for k in ("weight", "tokens", "samples")
+        )
+        stops = [r["stop"] for r in reports if r["stop"]]
+        if stops:
+            self.console.say(f"{stops[0]}: saving after this step")
+        return Agreed(weight, count, tokens, bool(stops))
+
+    def validate(self) -> None:
+        """Validation of the raw and of the EMA weights; a row of `val/…` and `val/…_ema`."""
+        if self.validation.plan is None:
+            return
+        raw = self._means(self.task.validate(self.engine, self.validation.batches()))
+        with self.ema.swapped(self.engine):
+            mean = self._means(self.task.validate(self.engine, self.validation.batches()))
+        row = {f"val/{name}": value for name, value in raw.items()}
+        self.log(row | {f"val/{name}_ema": value for name, value in mean.items()})
+
+    def _means(self, means: Means) -> dict[str, float]:
+        return means.merged(self.ranks.gather(dict(means.sums)))
+
+    def draw(self) -> None:
+        """Let the EMA weights draw into samples/step-…, and show the files to the tracker."""
+        with self.ema.swapped(self.engine):
+            drawings = self.task.draw(self.engine, self.validation.head())
+        if self.tracker is not None and drawings:
+            files = write_drawings(self.folder / SAMPLES / f"step-{self.step:08d}", drawings)
+            self.tracker.log_videos(self.step, files)
+
+    def save(self) -> None:
+        """Write a checkpoint; all ranks together."""
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "exclusions": self.quarantine.state(),
+            "plan": self.plan.fingerprint,
+        }
+        checkpoint.save(
+            self.folder / CHECKPOINTS,
+            self.step,
+            self.engine,
+            self.ema,
+            state,
+            to_tree(self.config),
+            keep_last=self.config.train.keep_last,
+        )
+
+    def log(self, row: Mapping[str, float | str]) -> None:
+        """A row of metrics at the present step, on rank 0."""
+        if self.tracker is not None:
+            self.tracker.log(self.step, row)
+        self.console.show(self.step, row)
+
+    def mark(self, marker: str) -> None:
+        """Leave the marker of how the run stands."""
+        if self.ranks.is_main:
+            mark(self.folder, marker, step=self.step)
+
+    def close(self, exit_code: int) -> None:
+        """Give back the terminal, the signals and the tracker."""
+        self.console.close()
+        self.signals.restore()
+        if self.tracker is not None:
+            self.tracker.finish(exit_code)
+
+
+def train(run: Training) -> bool:
+    """Run to train.steps, or until a signal. True when finished, False when it should go on later.
+
+    One step: every rank loads its slots, all agree on samples that could not be used and on
+    stopping and sum up the denominator, each slot adds its gradient, one AdamW step.
+    """
+    config, engine, task = run.config.train, run.engine, run.task
+    speed, losses = Throughput(), WeightedMean()
+    resumed_at = run.step if run.step > 0 else -1
+    stop = False
+    while True:
+        step = run.step
+        is_last = step == config.steps
+        with speed.pausing():
+            # What a resumed run did at this step before it was saved is not done twice.
+            if step != resumed_at:
+                if is_due(step, config.val_every, is_last):
+                    run.validate()
+                if is_due(step, config.sample_every, is_last):
+                    run.draw()
+                if stop or (step > 0 and is_due(step, config.checkpoint_every, is_last)):
+                    run.save()
+        if is_last or stop:
+            run.mark(FINISHED if is_last else PREEMPTED)
+            return is_last
+
+        with speed.waiting():
+            batches = run.load()
+        agreed = run.agree(batches)
+        stop = agreed.stop
+        for index, batch in enumerate(batches):
+            loss = task.loss(engine, batch)
+            engine.backward(loss.total / agreed.weight, last=index == len(batches) - 1)
+            losses.add(loss)
+        losses.add_weight(agreed.weight)
+        lr = lr_at(run.config.optim, step, config.steps)
+        result = engine.clip_and_step(lr, run.config.optim.max_grad_norm)
+        run.step = step + 1
+        if not result.skipped:
+            run.ema.update(run.step)
+        run.samples_seen += agreed.samples
+        speed.count(agreed.samples, agreed.tokens)
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            row = {"lr": lr, "grad_norm": result.grad_norm, "samples_seen": run.samples_seen}
+            run.log({**losses.read(run.ranks), **row, **speed.read()})  # a host sync
+        run.console.advance(run.step)
+
+
+def is_due(step: int, every: int, is_last: bool) -> bool:
+    """Whether something done every so many steps is due before step `step`; at the end always."""
+    return every > 0 and (step % every == 0 or is_last)
+
+
+def write_drawings(folder: Path, drawings: Sequence[Drawing]) -> dict[str, Path]:
+    """One mp4 for each drawing and prompts.json beside them; returns the files by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {drawing.name: folder / f"{drawing.name}.mp4" for drawing in drawings}
+    for drawing in drawings:
+        files[drawing.name].write_bytes(viewing_mp4(drawing.frames, drawing.fps))
+    captions = {drawing.name: drawing.caption for drawing in drawings}
+    text = json.dumps(captions, indent=1, ensure_ascii=False)
+    (folder / "prompts.json").write_text(text, encoding="utf-8")
+    return files
