@@ -28,12 +28,24 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(
             command.name,
             help=command.title,
-            description=command.description or command.title,
+            description=command.title,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         command.add_arguments(sub)
         sub.set_defaults(command=command)
     return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; words behind options join the command's list argument."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    trailing = args.command.trailing
+    if rest and (not trailing or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(args, trailing, [*getattr(args, trailing), *rest])
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A user's mistake (`ValueError`, `OSError`) prints as one line; LONGTAKE_DEBUG=1 shows its
     traceback. Anything else is a defect of ours and shows its traceback always.
     """
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return args.command.run(args)
     except KeyboardInterrupt:

@@ -14,13 +14,17 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """One sub-command: `run(args)` returns the exit code."""
+    """One sub-command: `run(args)` returns the exit code.
+
+    `trailing` names the list argument that also takes words given after options, which argparse
+    would refuse: `train experiment=demo_dit --nproc 2 train.steps=10`.
+    """
 
     name: str
     title: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-    description: str = ""
+    trailing: str = ""
 
 
 def size(text: str) -> tuple[int, int]:

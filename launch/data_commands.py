@@ -117,17 +117,18 @@ def run_stats(args: argparse.Namespace) -> int:
 
 def plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `longtake plan-steps`."""
-    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="as for `longtake train`")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `longtake train`")
     parser.add_argument("--first", type=int, default=0, help="first step")
     parser.add_argument("--steps", type=positive, default=1, help="number of steps")
 
 
 def run_plan_steps(args: argparse.Namespace) -> int:
     """Print which samples form which step: one JSON line per micro-batch."""
+    from longtake.data.plan import Plan
     from longtake.launch.compose import compose
-    from longtake.data.plan import make_plan
 
-    plan = plan_of(args.overrides)
+    config = compose(args.overrides)
+    plan = Plan.from_config(config.data, config.seed)
     for step in range(args.first, args.first + args.steps):
         for batch in plan.step(step, []):
             print(json.dumps(asdict(batch)))
@@ -140,5 +141,8 @@ COMMANDS = (
     Command("index", "write the catalogue of a folder of shards", index_arguments, run_index),
     Command("verify", "check every sample against the catalogue", folder_arguments, run_verify),
     Command("stats", "show what a folder of shards holds", folder_arguments, run_stats),
-    Command("plan-steps", "print the samples of training steps", plan_arguments, run_plan_steps),
+    Command(
+        *("plan-steps", "print the samples of training steps", plan_arguments, run_plan_steps),
+        trailing="overrides",
+    ),
 )

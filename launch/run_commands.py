@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `longtake train`."""
-    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="experiment=demo_vae …")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="experiment=demo_vae …")
     parser.add_argument("--nproc", type=positive, default=1, help="processes on this node")
     parser.add_argument("--nnodes", type=positive, default=1, help="number of nodes")
     parser.add_argument("--node-rank", type=int, default=0, help="this node's number, from 0")
@@ -45,18 +44,17 @@ def run_train(args: argparse.Namespace) -> int:
     launch = Launch(args.nproc, args.nnodes, args.node_rank, args.rendezvous, args.run_id)
     config = compose(args.overrides)  # a typo must fail here, not on every rank
     if args.dry_run:
-        from longtake.launch.compose import as_yaml
+        from longtake.launch.compose import as_json
 
-        print(as_yaml(config), end="")
+        print(as_json(config))
         return 0
     if launch.num_processes > 1 or launch.num_nodes > 1:
         return run_torchrun(launch, args.overrides, Path(config.output_dir))
     from longtake.train.main import main
 
     sys.argv = ["longtake train", *args.overrides]
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.train.device == "cpu" else "")
-    code = main()
-    return EXIT_FAILED if code is None else code
+    main()  # leaves the process itself, with 0, 1 or 75
+    return EXIT_FAILED
 
 
 def encode_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +62,18 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("vae", type=Path, help="run folder or checkpoint of a VAE")
     parser.add_argument("shards", type=Path, help="folder of catalogued pixel shards")
     parser.add_argument("out", type=Path, help="folder for the latent shards")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="of the DiT that will train on them, for its text encoder: experiment=…, text=…",
+    )
     parser.add_argument("--catalogue", type=Path, help="catalogue, when it lies elsewhere")
     parser.add_argument("--where", default="", help="filter, such as \"split = 'val'\"")
     parser.add_argument("--frames", type=positive, help="(default: the VAE's first bucket)")
     parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the VAE's first bucket)")
     parser.add_argument("--fps", type=float, help="frames per second (default: the VAE run's)")
     parser.add_argument("--captions", type=names, help="caption kinds to tokenise (default: all)")
-    parser.add_argument("--text-max-length", type=positive, default=512, help="tokens per caption")
     parser.add_argument(
         "--stats-from", type=Path, help="latents folder whose mean and std to take over"
     )
@@ -79,6 +82,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_encode(args: argparse.Namespace) -> int:
     """Write the latents and token ids of a folder of shards."""
+    from longtake.launch.compose import compose_dit
     from longtake.train.encode import EncodeOptions, encode_shards
 
     report = encode_shards(
@@ -92,7 +96,7 @@ def run_encode(args: argparse.Namespace) -> int:
             size=args.size,
             fps=args.fps,
             caption_kinds=args.captions,
-            text_max_length=args.text_max_length,
+            text=compose_dit(["stage=dit", *args.overrides]).text,
             stats_from=args.stats_from,
             weights=args.weights,
             batch_size=args.batch_size,
@@ -234,9 +238,15 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("train", "train a VAE or a DiT; the same command resumes", train_arguments, run_train),
-    Command("encode", "cache the latents and text of a folder", encode_arguments, run_encode),
-    Command("sample", "draw videos for prompts", sample_arguments, run_sample),
+    Command(
+        *("train", "train a VAE or a DiT; the same command resumes", train_arguments, run_train),
+        trailing="overrides",
+    ),
+    Command(
+        *("encode", "cache latents and text of a folder of shards", encode_arguments, run_encode),
+        trailing="overrides",
+    ),
+    Command("sample", "draw videos for prompts", sample_arguments, run_sample, trailing="prompts"),
     Command("evaluate", "score a run on world prompts", evaluate_arguments, run_evaluate),
     Command("export", "write a stock diffusers pipeline", export_arguments, run_export),
     Command("report", "write report.html and its picture", report_arguments, run_report),

@@ -1,0 +1,113 @@
+"""Between pixels and the latents a DiT works on: its VAE with the statistics of the latents."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longtake.data.latents import LatentManifest, read_manifest
+from longtake.models.vae import VAE, vae_hash
+from longtake.train.runs import LoadedVAE, load_vae
+from longtake.train.schema import DiTRun
+
+KEPT_MANIFEST = "latents.json"  # copied into the run folder, so that a run outlives its latents
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Pixels (B, 3, T, H, W) in [-1, 1] ↔ normalised latents (B, C, T', H', W').
+
+    Without a VAE (codec: identity) both are the same. `loaded` says where the VAE came from.
+    """
+
+    channels: int
+    strides: tuple[int, int, int]
+    vae: VAE | None = None
+    mean: Tensor | None = None  # (C, 1, 1, 1)
+    std: Tensor | None = None
+    loaded: LoadedVAE | None = None
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latent (C, T, H, W) of a clip; ValueError where the strides do not divide it."""
+        if self.vae is None:
+            return self.channels, frames, height, width
+        return self.channels, *self.vae.config.latent_shape(frames, height, width)
+
+    def pixel_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Pixel (T, H, W) of latents (T, H, W): the inverse of `latent_shape`."""
+        time, rows, columns = self.strides
+        return (shape[0] - 1) * time + 1, shape[1] * rows, shape[2] * columns
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised posterior means."""
+        if self.vae is None or self.mean is None or self.std is None:
+            return video
+        return (self.vae.encode(video).mean - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, clamped to [-1, 1]."""
+        if self.vae is None or self.mean is None or self.std is None:
+            return latents.clamp(-1, 1)
+        return self.vae.decode(latents * self.std + self.mean).clamp(-1, 1)
+
+
+def load_codec(
+    config: DiTRun,
+    *,
+    folder: Path | None = None,
+    vae: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Codec:
+    """The codec a DiT run trains on or was trained on.
+
+    `folder` is the run folder (it keeps a copy of latents.json), `vae` a VAE run that stands in
+    when the one named by config or latents has moved. ValueError when the VAE or the statistics
+    cannot be found, or the VAE is another than the one that made the latents (both hashes).
+    """
+    if config.codec == "identity":
+        return Codec(config.model.in_channels, (1, 1, 1))
+    manifest, where = find_manifest(config, folder)
+    named = vae or (Path(config.vae_run) if config.vae_run else None)
+    if named is None and "vae_run" in manifest.versions:
+        named = Path(os.path.normpath(where / manifest.versions["vae_run"]))
+    if named is None:
+        raise ValueError("vae_run=null and the latents name no VAE run; set vae_run or --vae-run")
+    loaded = load_vae_with_hash(named, manifest.vae_hash, device)
+    mean, std = (
+        torch.tensor(values, device=device).view(-1, 1, 1, 1)
+        for values in (manifest.mean, manifest.std)
+    )
+    return Codec(manifest.z_dim, loaded.vae.strides, loaded.vae, mean, std, loaded)
+
+
+def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, Path]:
+    """latents.json of a DiT run, from its folder or its first dataset, and the latents' folder."""
+    data = Path(config.data.train[0].path)
+    for place in (folder, data):
+        if place is not None and (place / KEPT_MANIFEST).is_file():
+            return read_manifest(place), data
+    raise ValueError(
+        f"{data}: holds no latents.json, and neither does the run folder; give data.train.0.path "
+        "a folder that `longtake encode` wrote"
+    )
+
+
+def load_vae_with_hash(path: Path, wanted: str, device: torch.device | str = "cpu") -> LoadedVAE:
+    """The VAE run's EMA or raw weights, whichever made the latents; ValueError with both hashes."""
+    found = []
+    for weights in ("ema", "raw"):
+        loaded = load_vae(path, weights)
+        found.append(vae_hash(loaded.vae.state_dict(), loaded.vae.config))
+        if found[-1] == wanted:
+            loaded.vae.to(device)
+            return loaded
+    raise ValueError(
+        f"{path}: its VAE has hash {found[0][:16]} (EMA) and {found[1][:16]} (raw), the latents "
+        f"were made by {wanted[:16]}: encode again with this VAE, or name the one that made them"
+    )

@@ -1,0 +1,191 @@
+"""`longtake report`: one HTML page of a run, and a picture of what it draws for a README."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longtake.train.card import Card, read_card
+from longtake.train.config import load_config
+from longtake.train.playback import read_footage_file, viewing_mp4
+from longtake.train.report_curves import read_series, svg
+from longtake.train.report_page import (
+    ClipCard,
+    ScoreRow,
+    View,
+    clip_grid,
+    curve_grid,
+    facts,
+    folded,
+    page,
+    score_table,
+)
+from longtake.train.report_picture import PictureRow, write_picture
+
+FIRST_CURVES = ("loss", "val/loss", "val/loss_ema", "val/psnr", "val/psnr_ema")
+LOG_CURVES = ("loss", "grad_norm", "lr")
+MAX_SAMPLES = 24  # of a folder of plain samples; a page of hundreds of videos plays none of them
+PICTURE_ROWS = 6
+
+
+@dataclass(frozen=True)
+class ShownClip:
+    """A prompt of an evaluation whose videos were kept: label → file."""
+
+    family: str
+    prompt: str
+    scores: dict[str, float]
+    files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One folder that `longtake evaluate` wrote."""
+
+    folder: Path
+    card: Card
+    clips: tuple[ShownClip, ...]
+
+
+def write_report(
+    run: Path, *, vae_run: Path | None = None, out: Path | None = None, picture: Path | None = None
+) -> list[Path]:
+    """Write RUN/report.html and, where the run was evaluated, RUN/report.png. Returns the paths.
+
+    The page holds its videos, so it can be sent by mail. ValueError where `run` is no run folder.
+    """
+    config = load_config(run / "config.yaml")
+    evaluations = read_evaluations(run / "evaluation")
+    sections = [("", facts(_facts(run, evaluations)))]
+    for evaluation in evaluations:
+        sections += _evaluation_sections(evaluation)
+    for title, cards in read_sample_folders(run / "samples"):
+        sections.append((f"Samples · {title}", clip_grid(cards)))
+    sections.append(("Curves", curve_grid(_curves(run))))
+    if vae_run is not None:
+        sections.append((f"VAE · {vae_run.name}", curve_grid(_curves(vae_run))))
+        for title, cards in read_sample_folders(vae_run / "samples"):
+            sections.append((f"VAE reconstructions · {title}", clip_grid(cards)))
+        sections.append(("", folded("VAE config.yaml", (vae_run / "config.yaml").read_text())))
+    sections.append(("", folded("config.yaml", (run / "config.yaml").read_text())))
+    out = out or run / "report.html"
+    lead = f"stage {config.stage}, {config.train.steps} steps, made by longtake"
+    _write(out, page(run.name, lead, sections).encode())
+    paths = [out]
+    rows = [row for evaluation in evaluations for row in picture_rows(evaluation.clips)]
+    if rows:
+        paths.append(picture or run / "report.png")
+        write_picture(rows[:PICTURE_ROWS], paths[-1])
+    return paths
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """The evaluations under a run's `evaluation/`, by name; empty where there is none."""
+    return [
+        Evaluation(path.parent, read_card(path), tuple(_shown_clips(path.parent)))
+        for path in sorted(folder.glob("*/card.json"))
+    ]
+
+
+def _shown_clips(folder: Path) -> list[ShownClip]:
+    clips = []
+    for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["files"]:
+            files = {label: folder / name for label, name in row["files"].items()}
+            clips.append(ShownClip(row["family"], row["prompt"], row["drawn"], files))
+    return clips
+
+
+def _evaluation_sections(evaluation: Evaluation) -> list[tuple[str, str]]:
+    card = evaluation.card
+    rows = [
+        ScoreRow(**{name: getattr(score, name) for name in ScoreRow.__dataclass_fields__})
+        for score in card.scores
+    ]
+    about = card.about
+    note = ", ".join(f"{key} {about[key]}" for key in about if key != "run")
+    sections = [(f"Scores · {card.split}", score_table(rows) + f'<p class="lead">{note}</p>')]
+    by_family: dict[str, list[ClipCard]] = {}
+    for clip in evaluation.clips:
+        views = [_view(label, path) for label, path in clip.files.items()]
+        by_family.setdefault(clip.family, []).append(ClipCard(clip.prompt, views, clip.scores))
+    html = "".join(f"<h3>{family}</h3>{clip_grid(by_family[family])}" for family in by_family)
+    return [*sections, (f"Drawn beside the truth · {card.split}", html)] if html else sections
+
+
+def read_sample_folders(folder: Path) -> list[tuple[str, list[ClipCard]]]:
+    """(title, cards) of `longtake sample` and of the last samples drawn during training."""
+    found = []
+    children = sorted(path for path in folder.glob("*") if path.is_dir())
+    during = [path for path in children if path.name.startswith("step-")]
+    for child in [*(path for path in children if path not in during), *during[-1:]]:
+        cards = [
+            ClipCard(_prompt(path), [_view("", path)])
+            for path in sorted(child.iterdir())[: 4 * MAX_SAMPLES]
+            if path.suffix in (".mp4", ".png")
+        ]
+        if cards:
+            found.append((child.name, cards[:MAX_SAMPLES]))
+    return found
+
+
+def _prompt(path: Path) -> str:
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file():
+        return str(json.loads(sidecar.read_text(encoding="utf-8"))["prompt"])
+    return path.stem
+
+
+def _view(label: str, path: Path) -> View:
+    if path.suffix == ".png":
+        return View(label, path.read_bytes(), "image/png")
+    footage = read_footage_file(path)
+    return View(label, viewing_mp4(footage.frames, footage.fps))
+
+
+def _facts(run: Path, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    series = read_series(run)
+    last = max(max(s.steps) for s in series.values())
+    pairs = [(str(last), "steps")]
+    for name in FIRST_CURVES:
+        if name in series:
+            first, final = series[name].values[0], series[name].values[-1]
+            pairs.append((f"{final:.4g}", f"{name}, from {first:.4g}"))
+    for evaluation in evaluations:
+        if evaluation.card.mean is not None:
+            pairs.append((f"{evaluation.card.mean:.3f}", f"card.mean, {evaluation.folder.name}"))
+    return pairs
+
+
+def _curves(run: Path) -> list[str]:
+    series = read_series(run)
+    order = [
+        *(n for n in FIRST_CURVES if n in series),
+        *(n for n in series if n not in FIRST_CURVES),
+    ]
+    return [svg(series[name], log=name in LOG_CURVES) for name in order]
+
+
+def picture_rows(clips: Sequence[ShownClip]) -> list[PictureRow]:
+    """The first clip of each family: not the best, so the picture shows what a user gets."""
+    first: dict[str, ShownClip] = {}
+    for clip in clips:
+        first.setdefault(clip.family, clip)
+    return [
+        PictureRow(
+            clip.prompt,
+            read_footage_file(clip.files["drawn"]).frames,
+            read_footage_file(clip.files["truth"]).frames,
+        )
+        for clip in first.values()
+    ]
+
+
+def _write(path: Path, data: bytes) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(data)
+    os.replace(scratch, path)
