@@ -27,7 +27,8 @@ from longtake.data.world.families.registry import (
 from longtake.data.world.scene import COLOURS, SIZES, Entity, Scene, Segment
 
 MAX_TRAINED = 4
-CANDIDATES = 48
+CANDIDATES = 64
+CLEARANCE = 0.9  # least distance of two centres, in the sum of their radii
 
 
 def _words(entities: list[Entity], is_image: bool) -> Words:
@@ -57,30 +58,36 @@ def _words(entities: list[Entity], is_image: bool) -> Words:
     )
 
 
-def _paths(rng: np.random.Generator, canvas: Canvas, edges: list, radii: list) -> list[np.ndarray]:
-    """For each entity start x, y and end x, y, so that no two ever hide each other by half.
+def _closest(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Least length of a vector (K, 2) that goes linearly from `start` to `end`, (K,)."""
+    way = end - start
+    at = np.clip(-(start * way).sum(1) / np.maximum((way * way).sum(1), 1e-9), 0.0, 1.0)
+    nearest = start + way * at[:, None]
+    return np.sqrt((nearest * nearest).sum(1))
 
-    Each is the first of some random candidates that keeps clear of those before it at every frame.
+
+def _paths(rng: np.random.Generator, canvas: Canvas, edges: list, radii: list) -> list[np.ndarray]:
+    """Start and end (2, 2) of every entity, so that no two ever hide much of each other.
+
+    Each is the first of some random candidates that keeps clear of those before it at every time.
     """
-    times = np.linspace(0.0, 1.0, max(2 * canvas.frames - 1, 1))[None, :, None]
-    placed: list[tuple[np.ndarray, float]] = []
+    size = np.array([canvas.width, canvas.height])
+    longest = 1.0 if len(edges) <= MAX_TRAINED else 0.5
     chosen: list[np.ndarray] = []
     while len(chosen) < len(edges):
         (side, top, bottom), radius = edges[len(chosen)], radii[len(chosen)]
         low = np.array([side, top])
-        free = np.array([canvas.width - side, canvas.height - bottom]) - low
-        ends = low + rng.random((CANDIDATES, 2, 2)) * free  # candidate, start/end, x/y
-        line = ends[:, None, 0] * (1 - times) + ends[:, None, 1] * times  # (K, T, 2)
+        ends = low + rng.random((2, CANDIDATES, 2)) * (size - np.array([side, bottom]) - low)
+        ends[1] = ends[0] + (ends[1] - ends[0]) * rng.uniform(0.0, longest, (CANDIDATES, 1))
         room = np.full(CANDIDATES, np.inf)
-        for other, other_radius in placed:
-            distance = np.hypot(*np.moveaxis(line - other, -1, 0)).min(axis=1)
+        for other, other_radius in zip(chosen, radii, strict=False):
+            distance = _closest(ends[0] - other[0], ends[1] - other[1])
             room = np.minimum(room, distance / (radius + other_radius))
-        best = int(np.argmax(room >= 0.9))
-        if room[best] < 0.9:  # a dead end: begin again
-            placed, chosen = [], []
-            continue
-        placed.append((line[best], radius))
-        chosen.append(ends[best].ravel())
+        best = int(np.argmax(room >= CLEARANCE))
+        if room[best] >= CLEARANCE:
+            chosen.append(ends[:, best])
+        else:
+            chosen = []  # a dead end: begin again
     return chosen
 
 
@@ -108,7 +115,7 @@ def compose(rng: np.random.Generator, canvas: Canvas) -> Composition:
     paths = _paths(rng, canvas, edges, radii)
     steps = max(canvas.frames - 1, 1)
     entities = []
-    for i, (x, y, end_x, end_y) in enumerate(path.tolist() for path in paths):
+    for i, (x, y, end_x, end_y) in enumerate(path.ravel().tolist() for path in paths):
         segment = Segment(0.0, x, y, (end_x - x) / steps, (end_y - y) / steps)
         colour, shape = looks[i]
         entities.append(Entity(i, shape, colour, radii[i], (segment,), sizes[i], layer=i))
