@@ -1,5 +1,6 @@
 """Runs a function on several gloo ranks of this machine, forked in 0.1 s."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,7 +15,17 @@ from typing import Any
 
 import torch
 
-from longtake.train.ranks import Ranks, init_distributed, shutdown
+from longtake.train.deepspeed_engine import import_deepspeed
+from longtake.train.ranks import init_distributed, shutdown
+
+
+def import_before_fork() -> None:
+    """Does the slow imports here once (4 s) rather than in every forked rank."""
+    import_deepspeed("cpu")
+    importlib.import_module("deepspeed.runtime.zero.stage3")
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    torch.optim.AdamW([weight], fused=True).step()  # imports dynamo and sympy
 
 
 def free_port() -> int:
@@ -73,6 +84,3 @@ def run_ranks(
                     process.join()
         assert codes == [0] * world_size, f"exit codes {codes} (None: killed after {timeout} s)"
         return [json.loads(Path(out, f"{r}.json").read_text()) for r in range(world_size)]
-
-
-__all__ = ["Ranks", "run_ranks"]

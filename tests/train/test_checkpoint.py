@@ -13,19 +13,17 @@ import torch
 
 from longtake.train import checkpoint, range_files
 from longtake.train.checkpoint import CheckpointError, find_last_good, load_full, load_into, save
-from longtake.train.deepspeed_engine import import_deepspeed
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from tests.train import tiny
-from tests.train.forked import run_ranks
+from tests.train.forked import import_before_fork, run_ranks
 
 CONFIG = {"model": {"hidden_size": 13}}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def deepspeed_before_fork() -> None:
-    """Imported once here (seconds) rather than in every forked rank."""
-    import_deepspeed("cpu")
+def slow_imports() -> None:
+    import_before_fork()
 
 
 def make(ranks: Ranks, strategy: str = "ddp", stage: int = 0) -> tuple[Engine, Ema]:

@@ -5,19 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.train.deepspeed_engine import import_deepspeed
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from tests.train import tiny
-from tests.train.forked import run_ranks
+from tests.train.forked import import_before_fork, run_ranks
 
 STRATEGIES = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def deepspeed_before_fork() -> None:
-    """Imported once here (seconds) rather than in every forked rank."""
-    import_deepspeed("cpu")
+def slow_imports() -> None:
+    import_before_fork()
 
 
 def name_of(strategy: str, stage: int) -> str:
