@@ -199,8 +199,9 @@ def _typed_leaves(hints: dict[str, Any], leaves: dict[str, Any], path: str) -> d
         typed = OmegaConf.merge(OmegaConf.structured(schema), leaves)
     except OmegaConfBaseException as error:
         raise ValueError(f"{_join(path, error.full_key)}: {_first_line(error)}") from error
-    values = OmegaConf.to_container(typed)
-    assert isinstance(values, dict)
+    plain = OmegaConf.to_container(typed)
+    assert isinstance(plain, dict)
+    values = {str(key): value for key, value in plain.items()}
     for key, hint in literals.items():
         choice(_join(path, key), values[key], typing.get_args(hint))
     for key, value in values.items():

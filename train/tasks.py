@@ -70,7 +70,8 @@ class Means:
 class Task(Protocol):
     """One stage. `module` is what the engine trains; every rank calls everything alike."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def weight(self, sample: PlannedSample) -> float:
         """What the sample counts in the denominator of the step."""

@@ -79,7 +79,7 @@ class Tracker:
             import wandb
 
             self._wandb = wandb
-            settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", save_code=False)
+            settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True)
             options: dict[str, Any] = {
                 "project": config.project,
                 "entity": config.entity,

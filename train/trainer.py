@@ -38,9 +38,16 @@ class Validation:
 
     def head(self) -> list[Batch]:
         """The first validation.num_videos clips, of one shape, alike on all ranks."""
-        first = next(self._read(0, 1), None)
-        count = self.config.validation.num_videos
-        return [] if first is None or not count else [replace(first, clips=first.clips[:count])]
+        head: list[Batch] = []
+        missing = self.config.validation.num_videos
+        for batch in self._read(0, 1) if missing else ():
+            shape = batch.clips[0].sample.shape if batch.clips else None
+            if missing <= 0 or (head and shape != head[0].clips[0].sample.shape):
+                break
+            if shape is not None:
+                head.append(replace(batch, clips=batch.clips[:missing]))
+                missing -= len(batch.clips)
+        return head
 
     def _read(self, rank: int, world_size: int) -> Iterator[Batch]:
         if self.plan is None:
