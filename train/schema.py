@@ -108,6 +108,7 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class VAELossConfig:
     l1: float  # weight of the mean absolute error, pixels in [-1, 1]
+    mse: float  # weight of the mean squared error
     kl: float  # weight of the mean KL per latent value, nats
 
 
