@@ -15,17 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.models.attention import attention
-from longtake.models.layers import (
-    MLP,
-    RotaryTable,
-    gated_add,
-    modulated_norm,
-    patchify,
-    rms_norm,
-    rotate,
-    timestep_embedding,
-    unpatchify,
-)
+from longtake.models.fused import GatedAdd, ModulatedNorm, NormRotateHeads
+from longtake.models.layers import MLP, RotaryTable, patchify, timestep_embedding, unpatchify
 
 
 @dataclass(frozen=True)
@@ -100,13 +91,10 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q = _heads(rms_norm(q, self.norm_q, self.eps), self.num_heads)
-        k = _heads(rms_norm(k, self.norm_k, self.eps), self.num_heads)
-        q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        v = _heads(v, self.num_heads)  # (B, N, H, Dh)
-        h = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        weight = torch.stack((self.norm_q, self.norm_k))
+        q, k, v = NormRotateHeads.apply(self.qkv(x), weight, rope, self.num_heads, self.eps)
+        h = attention(q, k, v)  # (B, H, N, Dh)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
@@ -124,17 +112,16 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, text: TextTokens) -> Tensor:
-        q = self.q(x)
-        k, v = self.kv(text.tokens).chunk(2, dim=-1)
-        q = rms_norm(q, self.norm_q, self.eps).to(v.dtype)
-        k = rms_norm(k, self.norm_k, self.eps).to(v.dtype)
+        (q,) = NormRotateHeads.apply(self.q(x), self.norm_q[None], None, self.num_heads, self.eps)
+        k, v = NormRotateHeads.apply(
+            self.kv(text.tokens), self.norm_k[None], None, self.num_heads, self.eps
+        )  # (B, H, L', Dh)
         bias = None
         if text.num_pads > 1 and x.device.type == "cpu":  # one key of weight num_pads
-            bias = k.new_zeros(k.shape[1])
+            bias = k.new_zeros(k.shape[2])
             bias[-1] = math.log(text.num_pads)
         elif text.num_pads > 1:  # repeated keys need no mask, so flash kernels stay usable
             k, v = _repeat_last(k, text.num_pads), _repeat_last(v, text.num_pads)
-        q, k, v = (_heads(y, self.num_heads).transpose(1, 2) for y in (q, k, v))
         h = attention(q, k, v, key_bias=bias)
         return self.proj(h.transpose(1, 2).flatten(2))
 
@@ -157,22 +144,18 @@ class Block(nn.Module):
         x: Tensor,
         text: TextTokens,
         modulation: Tensor,
-        level_index: Tensor | None,
-        rope: tuple[Tensor, Tensor],
+        one_hot: Tensor | None,
+        rope: Tensor,
     ) -> Tensor:
-        """x (B, N, D), modulation (B, K, 6, D) fp32, level_index (B, N) or None → (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            _per_token(values, level_index) for values in (modulation + self.modulation).unbind(2)
-        )  # each (B, 1|N, D)
-        h = modulated_norm(x, shift1, scale1, self.eps)
-        x = gated_add(x, self.self_attn(h, rope), gate1)
-        h = x
-        if self.norm_cross is not None:
-            norm = self.norm_cross
-            h = F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        x = x + self.cross_attn(h.to(x.dtype), text)
-        h = modulated_norm(x, shift2, scale2, self.eps)
-        return gated_add(x, self.mlp(h), gate2)
+        """x (B, N, D), modulation (6, B, K, D) fp32, one_hot (B, N, K) or None → (B, N, D)."""
+        table = self.modulation[:, None, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation + table  # each (B, K, D)
+        h = ModulatedNorm.apply(x, shift1, scale1, one_hot, self.eps)
+        x = GatedAdd.apply(x, self.self_attn(h, rope), gate1, one_hot)
+        h = x if self.norm_cross is None else self.norm_cross(x).to(x.dtype)
+        x = x + self.cross_attn(h, text)
+        h = ModulatedNorm.apply(x, shift2, scale2, one_hot, self.eps)
+        return GatedAdd.apply(x, self.mlp(h), gate2, one_hot)
 
 
 class DiT(nn.Module):
@@ -182,7 +165,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         dim, patch_volume = config.hidden_size, math.prod(config.patch_size)
-        self.rope = RotaryTable(config.head_dim)
+        self.rope = RotaryTable(config.num_heads, config.head_dim)
         self.patch_embed = nn.Linear(config.in_channels * patch_volume, dim)
         self.time_embed = MLP(config.freq_dim, dim, dim, "silu")
         self.time_proj = nn.Linear(dim, 6 * dim)
@@ -215,23 +198,24 @@ class DiT(nn.Module):
             if t is None:
                 raise ValueError("DiT needs t (B,), or levels (B, K) with level_index (B, N)")
             levels, level_index = t[:, None], None
+        one_hot = None
+        if level_index is not None:
+            one_hot = F.one_hot(level_index, levels.shape[1]).float()  # (B, N, K)
         rope = self.rope(grid, latents.device)
         time, modulation = self._modulation(levels)
         text = self._text(text_embeds, text_lens)
         x = self.patch_embed(patchify(latents, self.config.patch_size))  # (B, N, D)
         for block in self.blocks:
-            x = block(x, text, modulation, level_index, rope)
-        shift, scale = (
-            _per_token(values, level_index) for values in (time + self.modulation).unbind(2)
-        )
-        x = self.head(modulated_norm(x, shift, scale, self.config.eps))
+            x = block(x, text, modulation, one_hot, rope)
+        shift, scale = time + self.modulation[:, None, None]  # each (B, K, D)
+        x = self.head(ModulatedNorm.apply(x, shift, scale, one_hot, self.config.eps))
         return unpatchify(x.float(), self.config.patch_size, grid)
 
     def _modulation(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """levels (B, K) → time embedding (B, K, 1, D) and its projection (B, K, 6, D), fp32."""
+        """levels (B, K) → time embedding (B, K, D) and its projection (6, B, K, D), fp32."""
         with torch.autocast(levels.device.type, enabled=False):
             time = self.time_embed(timestep_embedding(levels, self.config.freq_dim))  # (B, K, D)
-            return time.unsqueeze(2), self.time_proj(F.silu(time)).unflatten(-1, (6, -1))
+            return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)).movedim(2, 0)
 
     def _text(self, embeds: Tensor, lens: Tensor | None) -> TextTokens:
         """Project the text; of its padding only one row where that saves anything."""
@@ -258,16 +242,5 @@ class DiT(nn.Module):
         nn.init.zeros_(self.head.weight)
 
 
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    return x.unflatten(-1, (num_heads, -1))  # (B, N, D) → (B, N, H, Dh)
-
-
 def _repeat_last(x: Tensor, times: int) -> Tensor:
-    return torch.cat((x[:, :-1], x[:, -1:].expand(-1, times, -1)), dim=1)
-
-
-def _per_token(values: Tensor, level_index: Tensor | None) -> Tensor:
-    """values (B, K, D) → (B, 1, D) for one level, else (B, N, D) by each token's level."""
-    if level_index is None:
-        return values
-    return values.gather(1, level_index[..., None].expand(-1, -1, values.shape[-1]))
+    return torch.cat((x[:, :, :-1], x[:, :, -1:].expand(-1, -1, times, -1)), dim=2)

@@ -1,7 +1,7 @@
 """Weights to and from diffusers' Wan classes. diffusers is imported on the first call.
 
 The function is the same on both sides; names, and a few layouts, are ours: queries, keys and values
-are one matrix, rotary pairs are halves of a head instead of neighbours, 1×1 kernels are matrices.
+are one matrix, 1×1 kernels and patch convolutions are matrices.
 """
 
 import re
@@ -149,11 +149,7 @@ def dit_state_from_diffusers(theirs: dict[str, Tensor], dit: DiT) -> dict[str, T
     _check_names({n for parts in names.values() for n in parts}, set(theirs), "the Wan transformer")
     state = {}
     for name, parts in names.items():
-        tensors = [
-            _pair_halves(theirs[part], dit.config) if _is_rotated(part) else theirs[part]
-            for part in parts
-        ]
-        state[name] = torch.cat(tensors).reshape(ours[name].shape)
+        state[name] = torch.cat([theirs[part] for part in parts]).reshape(ours[name].shape)
     return state
 
 
@@ -181,7 +177,6 @@ def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
     for name, tensor in dit.state_dict().items():
         parts = _dit_names(name)
         for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
-            piece = _pair_neighbours(piece, config) if _is_rotated(part) else piece
             state[part] = piece.reshape(theirs[part].shape)
     module.load_state_dict(state)
     return module.eval()
@@ -212,22 +207,6 @@ def _dit_names(name: str) -> list[str]:
     if not fused:
         return [name]
     return [name.replace(f".{fused[1]}.", f".to_{part}.") for part in fused[1]]
-
-
-def _is_rotated(theirs: str) -> bool:
-    return re.search(r"\.attn1\.(to_q|to_k|norm_q|norm_k)\.", theirs) is not None
-
-
-def _pair_halves(tensor: Tensor, config: DiTConfig) -> Tensor:
-    """Rows of each head from neighbouring rotary pairs to halves."""
-    rows = tensor.unflatten(0, (config.num_heads, config.head_dim // 2, 2))
-    return rows.transpose(1, 2).reshape(tensor.shape)
-
-
-def _pair_neighbours(tensor: Tensor, config: DiTConfig) -> Tensor:
-    """Rows of each head from rotary halves to neighbouring pairs."""
-    rows = tensor.unflatten(0, (config.num_heads, 2, config.head_dim // 2))
-    return rows.transpose(1, 2).reshape(tensor.shape)
 
 
 def _check_names(expected: set[str], found: set[str], what: str) -> None:
