@@ -1,0 +1,205 @@
+"""Shards of the world: resumable by shard, the same bytes for any number of workers."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longtake.data.catalogue import build_catalogue
+from longtake.data.decode import decode_clip, encode_image, encode_video
+from longtake.data.shards import ShardWriter
+from longtake.data.world.clips import WorldClip, check_request, make_clip
+
+CRF = 10
+MIN_PSNR = 40.0  # dB; yuv444p at crf 10 gives 47 and more
+CHECK_EVERY = 16  # clips; those are decoded again to measure it
+SETTINGS = "world.json"
+VERSION = 1  # of what the clips look like; part of the settings
+
+
+@dataclass(frozen=True, slots=True)
+class WorldRequest:
+    """All that determines the bytes of the shards of one split."""
+
+    families: tuple[str, ...]
+    num_clips: int
+    split: str
+    frames: int
+    height: int
+    width: int
+    fps: float
+    seed: int
+    shard_size: int
+    version: int = VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class WorldReport:
+    """What `write_world` did: clips and shards in the folder, how many of them are new, seconds."""
+
+    num_clips: int
+    num_shards: int
+    new_shards: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_clips} clips in {self.num_shards} shards, {self.new_shards} of them new, "
+            f"{self.seconds:.1f} s"
+        )
+
+
+def write_world(
+    out: Path | str,
+    *,
+    families: Sequence[str],
+    num_clips: int,
+    split: str = "train",
+    frames: int = 17,
+    height: int = 32,
+    width: int = 32,
+    fps: float = 8,
+    seed: int = 0,
+    num_workers: int = 2,
+    progress: bool = True,
+    shard_size: int = 250,
+) -> WorldReport:
+    """Write clips 0 … num_clips - 1 of a split as <out>/<split>-*.tar and index the folder.
+
+    Shards that are there already are kept, so a stopped run goes on where it was. Several splits
+    may share a folder: call once for each.
+
+    Raises:
+        ValueError: what `make_clip` refuses, or a folder begun with other settings.
+        OSError: the disk is full; finished shards stay, nothing half-written does.
+    """
+    out = Path(out)
+    check_request(families, split, frames, height, width)
+    if num_clips < 1 or shard_size < 1:
+        raise ValueError(f"num_clips={num_clips} and shard_size={shard_size} must be at least 1")
+    request = WorldRequest(
+        tuple(families), num_clips, split, frames, height, width, fps, seed, shard_size
+    )
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    _remember(out / SETTINGS, request)
+    num_shards = -(-num_clips // shard_size)
+    missing = [i for i in range(num_shards) if not (out / _shard_name(split, i)).exists()]
+    with _bar(progress) as bar:
+        kept = num_clips - sum(len(_clips_of(request, i)) for i in missing)
+        task = bar.add_task(f"world {split}", total=num_clips, completed=kept)
+        for done in _write_shards(out, request, missing, num_workers):
+            bar.advance(task, done)
+    if missing or not (out / "catalogue").exists():
+        build_catalogue(out, num_workers=num_workers, progress=progress)
+    return WorldReport(num_clips, num_shards, len(missing), time.monotonic() - started)
+
+
+def _bar(progress: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, TimeRemainingColumn(), disable=not progress)
+
+
+def _shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:06d}.tar"
+
+
+def _clips_of(request: WorldRequest, shard: int) -> range:
+    first = shard * request.shard_size
+    return range(first, min(first + request.shard_size, request.num_clips))
+
+
+def _remember(path: Path, request: WorldRequest) -> None:
+    """Note the settings of a split beside its shards; refuse to go on with other ones."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    wanted = json.loads(json.dumps(asdict(request)))
+    old = known.get(request.split)
+    if old is not None and old != wanted:
+        differing = sorted(k for k in wanted if old.get(k) != wanted[k])
+        changes = ", ".join(f"{k}={wanted[k]!r} (was {old.get(k)!r})" for k in differing)
+        raise ValueError(
+            f"{path.parent}: its {request.split} shards were made with other settings: {changes}; "
+            "choose another folder or delete this one"
+        )
+    known[request.split] = wanted
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(known, indent=1, sort_keys=True))
+    os.replace(temporary, path)
+
+
+def _write_shards(
+    out: Path, request: WorldRequest, shards: list[int], num_workers: int
+) -> Iterator[int]:
+    """Yields numbers of clips as they get done."""
+    if num_workers <= 1 or len(shards) <= 1:
+        for shard in shards:
+            yield from _write_shard(out, request, shard)
+        return
+    # Workers draw and encode on one thread each: no torch is at work, so a fork is safe.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context) as pool:
+        work = partial(_write_whole_shard, out, request)
+        running: set[Future[int]] = {pool.submit(work, shard) for shard in shards}
+        try:
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _write_whole_shard(out: Path, request: WorldRequest, shard: int) -> int:
+    return sum(_write_shard(out, request, shard))
+
+
+def _write_shard(out: Path, request: WorldRequest, shard: int) -> Iterator[int]:
+    """Draw, encode and write one tar; yields 1 for every clip."""
+    writer = ShardWriter(
+        out,
+        max_samples=request.shard_size,
+        max_bytes=2**62,
+        prefix=request.split,
+        start=shard,
+    )
+    with writer:
+        for index in _clips_of(request, shard):
+            clip = make_clip(
+                request.seed,
+                request.split,
+                index,
+                families=request.families,
+                frames=request.frames,
+                height=request.height,
+                width=request.width,
+                fps=request.fps,
+            )
+            writer.write(clip.key, sample_members(clip, check=index % CHECK_EVERY == 0))
+            yield 1
+
+
+def sample_members(clip: WorldClip, *, check: bool = False) -> dict[str, bytes]:
+    """The files of a clip in its shard: json and mp4, or png for a single frame.
+
+    With `check` the mp4 is decoded and must reach MIN_PSNR; RuntimeError if it does not.
+    """
+    record = json.dumps(clip.record(), ensure_ascii=False, separators=(",", ":")).encode()
+    if len(clip.frames) == 1:
+        return {"png": encode_image(clip.frames[0]), "json": record}
+    video = encode_video(clip.frames, clip.fps, crf=CRF)
+    if check:
+        times = [t / clip.fps for t in range(len(clip.frames))]
+        error = decode_clip(video, times).astype(np.float32) - clip.frames
+        psnr = 10 * np.log10(255**2 / max(float(np.mean(error**2)), 1e-9))
+        if psnr < MIN_PSNR:
+            raise RuntimeError(f"{clip.key}: {psnr:.1f} dB after H.264, {MIN_PSNR} wanted")
+    return {"mp4": video, "json": record}
