@@ -127,6 +127,7 @@ class LatentWriter:
     ) -> None:
         """Add a sample. `meta` becomes key.json: captions and the clip's pixel frames, height,
         width and fps are required; split, family, truth, source_id and variant are passed on.
+        Captions whose kind is not in `text` are left out, so that no plan can ask for them.
 
         Raises:
             ValueError: a shape that is not (z_dim, T, H, W), or meta that is incomplete.
@@ -135,7 +136,8 @@ class LatentWriter:
             raise ValueError(
                 f"{key}: latents {tuple(latents.shape)} must be ({self._z_dim}, T, H, W)"
             )
-        encoded = json.dumps(dict(meta)).encode()
+        captions = {k: caption for k, caption in meta["captions"].items() if k in text}
+        encoded = json.dumps({**meta, "captions": captions}).encode()
         parsed = parse_meta("json", encoded)
         for name in ("frames", "height", "width", "fps"):
             parsed.number(name)

@@ -63,7 +63,6 @@ class _MicroBatches(Dataset[Any]):
     def __init__(self, plan: Plan, exclusions: Sequence[Exclusion]) -> None:
         self._plan, self._exclusions = plan, tuple(exclusions)
         self._reader = SampleReader(plan.catalogues, plan.config)
-        self._bad: dict[int, str] = {}
 
     def __getitem__(self, position: tuple[int, int]) -> "_Packed":
         step, slot = position
@@ -75,15 +74,13 @@ class _MicroBatches(Dataset[Any]):
         return _Packed(batch)
 
     def _clip(self, sample: PlannedSample, excluded: frozenset[int], batch: Batch) -> Clip:
+        # Nothing is remembered of earlier failures: what a batch holds must not depend on which
+        # worker read what before.
         while True:
-            # A reason that is known already is reported again: what a batch says must not depend
-            # on which worker read it.
-            if sample.sample_id not in self._bad:
-                try:
-                    return self._reader.read(sample)
-                except BadSample as error:
-                    self._bad[sample.sample_id] = str(error)
-            reason = f"{sample.key}: {self._bad[sample.sample_id]}"
+            try:
+                return self._reader.read(sample)
+            except BadSample as error:
+                reason = f"{sample.key}: {error}"
             batch.excluded.append(Exclusion(sample.sample_id, batch.step, reason))
             excluded |= {sample.sample_id}
             sample = self._plan.replacement(sample, excluded)

@@ -12,7 +12,7 @@ import xxhash
 _MASK63 = (1 << 63) - 1
 
 
-def derive_seed(*parts: int | str) -> int:
+def derive_seed(*parts: int | str | np.integer) -> int:
     """63-bit seed of a sequence of integers and strings.
 
     Parts are type-tagged and length-prefixed, so ("a", 1), ("a1",) and ("a", "1") all differ.
@@ -22,7 +22,7 @@ def derive_seed(*parts: int | str) -> int:
         if isinstance(part, str):
             raw, tag = part.encode("utf-8"), b"s"
         else:
-            number = int(part)  # NumPy integers too
+            number = int(part)
             raw = number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
             tag = b"i"
         encoded += tag + len(raw).to_bytes(4, "little") + raw

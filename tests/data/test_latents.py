@@ -1,0 +1,219 @@
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from longtake.data.catalogue import Catalogue, build_catalogue
+from longtake.data.latents import (
+    LatentWriter,
+    TextCache,
+    decode_sample,
+    read_empty_text,
+    read_manifest,
+    refuse_other_vae,
+)
+from longtake.data.loader import Batch, Loader
+from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, Plan
+from longtake.data.samples import SampleError
+from tests.data.toy import toy_meta, toy_video, write_shards
+
+TOKENS = TextCache("tokens", "hash-of-tokenizer", 48)
+
+
+def _meta(index: int, frames: int = 9) -> dict[str, object]:
+    captions = {"dense": f"dense {index}", "short": f"short {index}"}
+    size = {"frames": frames, "height": 32, "width": 32, "fps": 8.0}
+    return {"captions": captions, **size, "split": "train", "truth": {"n": index}}
+
+
+def _latents(index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(4, 3, 8, 8, generator=generator) * 3 + torch.arange(4).view(4, 1, 1, 1)
+
+
+def _write(folder: Path, count: int = 16, text: TextCache = TOKENS) -> Catalogue:
+    empty = torch.zeros(1, 6) if text.kind == "embeddings" else None
+    writer = LatentWriter(
+        folder,
+        vae_hash="vae-a",
+        z_dim=4,
+        strides=(4, 4, 4),
+        text=text,
+        empty_text=empty,
+        max_samples=5,
+    )
+    for index in range(count):
+        if text.kind == "tokens":
+            cached = {k: torch.arange(index % 5 + 2) for k in ("dense", "short")}
+        else:
+            cached = {k: torch.full((index % 5 + 2, 6), float(index)) for k in ("dense", "short")}
+        writer.write(f"clip{index:03d}", _latents(index), cached, _meta(index))
+    return writer.close()
+
+
+def _plan(folder: Path, *buckets: BucketConfig) -> Plan:
+    config = DataConfig(
+        train=[DatasetConfig(str(folder), captions={"dense": 1.0, "short": 1.0})],
+        buckets=list(buckets) or [BucketConfig(9, 32, 32, 2)],
+        micro_batches_per_step=2,
+    )
+    return Plan.from_config(config, 0)
+
+
+def _load(plan: Plan, count: int, num_workers: int = 0) -> list[Batch]:
+    steps = islice(Loader(plan, range(2), num_workers=num_workers), count)
+    return [batch for batches in steps for batch in batches]
+
+
+def test_catalogue_and_manifest_of_latents(tmp_path: Path) -> None:
+    catalogue = _write(tmp_path / "latents")
+    row = catalogue.table.to_pylist()[3]
+    assert (row["frames"], row["height"], row["width"], row["fps"]) == (9, 32, 32, 8)
+    assert (row["lt"], row["lh"], row["lw"], row["ext"]) == (3, 8, 8, "safetensors")
+    manifest = read_manifest(tmp_path / "latents")
+    assert (manifest.vae_hash, manifest.num_samples, manifest.text) == ("vae-a", 16, TOKENS)
+    everything = torch.stack([_latents(i).bfloat16().float() for i in range(16)])
+    mean, std = everything.mean((0, 2, 3, 4)), everything.std((0, 2, 3, 4), correction=0)
+    assert torch.allclose(torch.tensor(manifest.mean), mean, atol=1e-5)
+    assert torch.allclose(torch.tensor(manifest.std), std, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "embeddings"])
+def test_round_trip_through_plan_and_loader(tmp_path: Path, kind: str) -> None:
+    _write(tmp_path, text=TextCache(kind, "h", 48))
+    plan = _plan(tmp_path)
+    loaded = _load(plan, 4)
+    values = []
+    for batch in loaded:
+        assert batch.stack_latents().shape == (2, 4, 3, 8, 8)
+        values.append(batch.stack_latents())
+        manifest = read_manifest(tmp_path)
+        for clip in batch.clips:
+            index = int(clip.sample.key[-3:])
+            mean, std = (torch.tensor(v).view(4, 1, 1, 1) for v in (manifest.mean, manifest.std))
+            expected = (_latents(index).bfloat16().float() - mean) / std
+            assert clip.latents is not None and torch.allclose(clip.latents, expected, atol=1e-5)
+            assert clip.caption == f"{clip.sample.caption_kind} {index}"
+            assert clip.truth == {"n": index} and clip.fps == 8 and clip.video is None
+            assert clip.text is not None
+            if kind == "tokens":
+                assert clip.text.dtype == torch.int64
+                assert clip.text.tolist() == list(range(index % 5 + 2))
+            else:
+                assert torch.equal(clip.text.float(), torch.full((index % 5 + 2, 6), float(index)))
+    assert abs(torch.cat(values).mean()) < 0.05 and abs(torch.cat(values).std() - 1) < 0.05
+    with pytest.raises(ValueError, match="without video"):
+        loaded[0].stack_video()
+    for one, two in zip(loaded, _load(plan, 4, num_workers=2), strict=True):
+        assert torch.equal(one.stack_latents(), two.stack_latents())
+        for a, b in zip(one.clips, two.clips, strict=True):
+            assert a.sample == b.sample
+            assert torch.equal(a.text, b.text)  # type: ignore[arg-type]
+
+
+def test_latents_of_another_vae_are_refused_with_both_hashes(tmp_path: Path) -> None:
+    _write(tmp_path)
+    manifest = read_manifest(tmp_path)
+    refuse_other_vae(manifest, "vae-a")
+    with pytest.raises(ValueError, match=r"VAE vae-a.*VAE vae-b.*longtake encode"):
+        refuse_other_vae(manifest, "vae-b")
+
+
+def test_a_bucket_that_was_not_encoded_names_the_command(tmp_path: Path) -> None:
+    _write(tmp_path)
+    with pytest.raises(ValueError, match=r"17x32x32 can never fill: 0 samples.*longtake encode"):
+        _plan(tmp_path, BucketConfig(9, 32, 32, 2), BucketConfig(17, 32, 32, 1))
+    with pytest.raises(ValueError, match="longtake encode"):
+        _plan(tmp_path, BucketConfig(9, 64, 64, 2))
+
+
+def test_captions_without_cached_text_are_never_planned(tmp_path: Path) -> None:
+    with LatentWriter(tmp_path, vae_hash="v", z_dim=4, strides=(4, 4, 4), text=TOKENS) as writer:
+        for index in range(8):
+            writer.write(f"c{index}", _latents(index), {"dense": torch.arange(3)}, _meta(index))
+        with pytest.raises(ValueError, match="caption missing"):
+            writer.write("none", _latents(0), {"zh": torch.arange(3)}, _meta(0))
+    for batch in _load(_plan(tmp_path), 4):
+        assert {c.sample.caption_kind for c in batch.clips} == {"dense"} and not batch.excluded
+
+
+def test_cached_text_that_is_missing_is_a_bad_sample(tmp_path: Path) -> None:
+    """Shards of another writer, whose captions promise more than the tensors hold."""
+    _write(tmp_path / "whole", 8)
+    tensors = {"latents": _latents(0).bfloat16(), "text.dense": torch.arange(3)}
+    members = {"safetensors": save(tensors), "json": json.dumps(_meta(0)).encode()}
+    folder = write_shards(tmp_path / "poor", [(f"c{i}", members) for i in range(8)])
+    shutil.copy(tmp_path / "whole" / "latents.json", folder)
+    build_catalogue(folder, progress=False)
+    plan = _plan(folder)
+    kinds = [sample.caption_kind for k in range(4) for b in plan.step(k) for sample in b.samples]
+    assert {"dense", "short"} == set(kinds)
+    reports = [e.reason for batch in _load(plan, 1) for e in batch.excluded]
+    assert len(reports) >= kinds[:4].count("short") > 0
+    assert all("text of caption kind 'short' is not cached" in reason for reason in reports)
+
+
+def test_missing_and_damaged_manifests(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"latents\.json: missing; make latents with"):
+        read_manifest(tmp_path)
+    _write(tmp_path)
+    path = tmp_path / "latents.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "mean": [0.0]}))
+    with pytest.raises(ValueError, match="must have z_dim=4 values"):
+        read_manifest(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="damaged"):
+        read_manifest(tmp_path)
+
+
+def test_writer_refuses_what_cannot_be_trained_on(tmp_path: Path) -> None:
+    options = {"vae_hash": "v", "z_dim": 4, "strides": (4, 4, 4)}
+    with pytest.raises(ValueError, match=r"text\.kind='words'"):
+        LatentWriter(tmp_path / "a", text=TextCache("words", "h", 1), **options)  # type: ignore
+    with pytest.raises(ValueError, match="needs empty_text"):
+        LatentWriter(tmp_path / "a", text=TextCache("embeddings", "h", 1), **options)  # type: ignore
+    writer = LatentWriter(tmp_path / "a", text=TOKENS, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be \(4, T, H, W\)"):
+        writer.write("k", torch.zeros(3, 1, 2, 2), {}, _meta(0))
+    words = {"dense": torch.arange(2)}
+    incomplete = {k: v for k, v in _meta(0).items() if k != "frames"}
+    with pytest.raises(ValueError, match="frames in the json"):
+        writer.write("k", _latents(0), words, incomplete)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        LatentWriter(tmp_path / "b", text=TOKENS, **options)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_encode_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    with pytest.raises(KeyboardInterrupt):
+        with LatentWriter(out, vae_hash="v", z_dim=4, strides=(4, 4, 4), text=TOKENS) as writer:
+            writer.write("k", _latents(0), {"dense": torch.arange(2)}, _meta(0))
+            raise KeyboardInterrupt
+    assert not (out / "latents.json").exists() and not list(out.glob("*.tar*"))
+
+
+def test_empty_text_is_kept(tmp_path: Path) -> None:
+    _write(tmp_path / "e", text=TextCache("embeddings", "h", 48))
+    assert torch.equal(read_empty_text(tmp_path / "e"), torch.zeros(1, 6))
+    _write(tmp_path / "t")
+    with pytest.raises(ValueError, match="missing"):
+        read_empty_text(tmp_path / "t")
+
+
+def test_damaged_latents(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="damaged"):
+        decode_sample(b"\x08\0\0\0\0\0\0\0{}")
+    samples = [
+        ("bad", {"safetensors": b"garbage", "json": json.dumps(_meta(0)).encode()}),
+        ("good", {"mp4": toy_video(0), "json": toy_meta(0)}),
+    ]
+    catalogue = build_catalogue(write_shards(tmp_path, samples), progress=False)
+    assert "damaged" in catalogue.rejected[0]["reason"]
