@@ -11,10 +11,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from longtake.data.world.scorers import CHANCE, wilson
+from longtake.data.world.families import FAMILIES
+from longtake.data.world.scorers import chance_of, wilson
 
 SCHEMA = 1
 # Below this distance between ceiling and chance a normalised score would be noise divided by noise.
@@ -46,7 +48,8 @@ class Score:
     score: float
     low: float  # Wilson 95 %
     high: float
-    chance: float
+    chance: float  # of true clips with the captions of other clips
+    blind: float  # of clips that are right in all but this: the level to beat
     ceiling: float
     truth: float
     normalised: float | None  # (score − chance) / (ceiling − chance); None without room between
@@ -54,7 +57,7 @@ class Score:
 
 @dataclass(frozen=True)
 class FamilyScore:
-    """Means over the scores of one family."""
+    """Means over the scores of one family; floor is chance, 0 where chance is 1."""
 
     family: str
     score: float
@@ -97,7 +100,9 @@ def _score(family: str, name: str, clips: Sequence[ClipScores]) -> Score:
     drawn = fmean(clip.drawn[name] for clip in clips)
     ceiling = fmean(clip.ceiling[name] for clip in clips)
     low, high = wilson(drawn, len(clips))
-    chance = CHANCE[name]
+    chance = chance_of(family, name)
+    # A score that other clips' captions meet as well asks nothing of the prompt: its floor is 0.
+    floor = 0.0 if chance >= 1 else chance
     return Score(
         family=family,
         name=name,
@@ -106,9 +111,10 @@ def _score(family: str, name: str, clips: Sequence[ClipScores]) -> Score:
         low=low,
         high=high,
         chance=chance,
+        blind=FAMILIES[family].blind[name],
         ceiling=ceiling,
         truth=fmean(clip.truth[name] for clip in clips),
-        normalised=normalise(drawn, chance, ceiling),
+        normalised=normalise(drawn, floor, ceiling),
     )
 
 
@@ -117,7 +123,7 @@ def _family(name: str, scores: Sequence[Score]) -> FamilyScore:
     return FamilyScore(
         family=name,
         score=fmean(score.score for score in scores),
-        floor=fmean(score.chance for score in scores),
+        floor=fmean(0.0 if score.chance >= 1 else score.chance for score in scores),
         ceiling=fmean(score.ceiling for score in scores),
         truth=fmean(score.truth for score in scores),
         normalised=fmean(normalised) if normalised else None,
@@ -177,11 +183,14 @@ def read_card(path: Path) -> Card:
 
 def print_card(card: Card, console: Console | None = None) -> None:
     """The table a person reads."""
-    table = Table(title=f"{card.about.get('run', '')} · {card.split}", title_justify="left")
+    # 79 columns wide: it must survive a narrow terminal and a log file.
+    title = f"{card.about.get('run', '')} · {card.split}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     for name in ("family", "score"):
-        table.add_column(name)
-    for name in ("clips", "drawn", "95 %", "chance", "VAE ceiling", "truth", "normalised"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("n", "drawn", "95 %", "chance", "blind", "ceiling", "truth", "norm."):
+        table.add_column(name, justify="right", no_wrap=True)
     previous = ""
     for score in card.scores:
         if previous and score.family != previous:
@@ -193,6 +202,7 @@ def print_card(card: Card, console: Console | None = None) -> None:
             f"[bold]{score.score:.2f}",
             f"{score.low:.2f}–{score.high:.2f}",
             f"{score.chance:.2f}",
+            f"{score.blind:.2f}",
             f"{score.ceiling:.2f}",
             f"{score.truth:.2f}",
             "–" if score.normalised is None else f"{score.normalised:.2f}",
@@ -201,4 +211,9 @@ def print_card(card: Card, console: Console | None = None) -> None:
     console = console or Console()
     console.print(table)
     mean = "–" if card.mean is None else f"{card.mean:.3f}"
-    console.print(f"card.mean {mean}   (0 chance, 1 all that the VAE lets through)")
+    console.print(f"card.mean {mean}   (0: chance, 1: all that the VAE lets through)")
+    for line in (
+        "chance: right clips under the captions of others; blind: right in all but this",
+        "ceiling: true clips through the VAE; norm.: (drawn - chance) / (ceiling - chance)",
+    ):
+        console.print(line, style="dim", soft_wrap=True)

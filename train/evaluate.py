@@ -103,7 +103,7 @@ def evaluate_run(
             for batch in read_batches(catalogue, rows, kind, options.batch_size):
                 drawn = draw_batch(painter, codec, batch, options)
                 for sample, frames, copy in zip(batch, drawn, rebuild(codec, batch), strict=True):
-                    clip = score(sample, frames, copy)
+                    clip = score(sample, frames, copy, kind)
                     views = (frames, copy, sample.footage.frames) if sample.key in shown else ()
                     files = keep_videos(scratch, sample, views)
                     file.write(json.dumps({**asdict(clip), "files": files}) + "\n")
@@ -227,15 +227,19 @@ def rebuild(codec: Codec, batch: Sequence[WorldSample]) -> list[np.ndarray]:
     return [to_frames(pixels) for pixels in video]
 
 
-def score(sample: WorldSample, drawn: np.ndarray, copy: np.ndarray) -> ClipScores:
-    """The same scorers on what was drawn, on the reconstruction and on the truth."""
+def score(sample: WorldSample, drawn: np.ndarray, copy: np.ndarray, kind: str) -> ClipScores:
+    """The same scorers on what was drawn, on the reconstruction and on the truth.
+
+    Only the scores that captions of this `kind` determine.
+    """
+    asked = kind if kind in sample.truth["asked"] else None
     return ClipScores(
         key=sample.key,
         family=sample.family,
         prompt=sample.prompt,
-        drawn=score_clip(drawn, sample.truth),
-        ceiling=score_clip(copy, sample.truth),
-        truth=score_clip(sample.footage.frames, sample.truth),
+        drawn=score_clip(drawn, sample.truth, asked),
+        ceiling=score_clip(copy, sample.truth, asked),
+        truth=score_clip(sample.footage.frames, sample.truth, asked),
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from longtake.train.card import Card, read_card
 from longtake.train.config import load_config
-from longtake.train.playback import read_footage_file, viewing_mp4
+from longtake.train.playback import enlarge, read_footage_file, viewing_mp4
 from longtake.train.report_curves import read_series, svg
 from longtake.train.report_page import (
     ClipCard,
@@ -20,6 +22,7 @@ from longtake.train.report_page import (
     curve_grid,
     facts,
     folded,
+    note,
     page,
     score_table,
 )
@@ -29,6 +32,12 @@ FIRST_CURVES = ("loss", "val/loss", "val/loss_ema", "val/psnr", "val/psnr_ema")
 LOG_CURVES = ("loss", "grad_norm", "lr")
 MAX_SAMPLES = 24  # of a folder of plain samples; a page of hundreds of videos plays none of them
 PICTURE_ROWS = 6
+GAP = 8  # px between videos side by side
+LEGEND = (
+    "95 %: Wilson interval. Chance: right clips under captions of others. Blind (orange): clips "
+    "right in all but this score, the level to beat. Ceiling (green): true clips through the VAE. "
+    "Normalised: (drawn − chance) / (ceiling − chance)."
+)
 
 
 @dataclass(frozen=True)
@@ -106,13 +115,15 @@ def _evaluation_sections(evaluation: Evaluation) -> list[tuple[str, str]]:
         ScoreRow(**{name: getattr(score, name) for name in ScoreRow.__dataclass_fields__})
         for score in card.scores
     ]
-    about = card.about
-    note = ", ".join(f"{key} {about[key]}" for key in about if key != "run")
-    sections = [(f"Scores · {card.split}", score_table(rows) + f'<p class="lead">{note}</p>')]
+    about = {**card.about, **card.about.get("sampler", {})}
+    left_out = ("run", "world", "sampler")
+    how = ", ".join(f"{key} {about[key]}" for key in about if key not in left_out)
+    table = score_table(rows) + note(LEGEND) + note(how)
+    sections = [(f"Scores · {evaluation.folder.name}", table)]
     by_family: dict[str, list[ClipCard]] = {}
     for clip in evaluation.clips:
-        views = [_view(label, path) for label, path in clip.files.items()]
-        by_family.setdefault(clip.family, []).append(ClipCard(clip.prompt, views, clip.scores))
+        card_of = ClipCard(clip.prompt, _side_by_side(clip.files), tuple(clip.files), clip.scores)
+        by_family.setdefault(clip.family, []).append(card_of)
     html = "".join(f"<h3>{family}</h3>{clip_grid(by_family[family])}" for family in by_family)
     return [*sections, (f"Drawn beside the truth · {card.split}", html)] if html else sections
 
@@ -124,7 +135,7 @@ def read_sample_folders(folder: Path) -> list[tuple[str, list[ClipCard]]]:
     during = [path for path in children if path.name.startswith("step-")]
     for child in [*(path for path in children if path not in during), *during[-1:]]:
         cards = [
-            ClipCard(_prompt(path), [_view("", path)])
+            ClipCard(_prompt(path), _view(path))
             for path in sorted(child.iterdir())[: 4 * MAX_SAMPLES]
             if path.suffix in (".mp4", ".png")
         ]
@@ -140,11 +151,21 @@ def _prompt(path: Path) -> str:
     return path.stem
 
 
-def _view(label: str, path: Path) -> View:
+def _view(path: Path) -> View:
     if path.suffix == ".png":
-        return View(label, path.read_bytes(), "image/png")
+        return View(path.read_bytes(), "image/png")
     footage = read_footage_file(path)
-    return View(label, viewing_mp4(footage.frames, footage.fps))
+    return View(viewing_mp4(footage.frames, footage.fps))
+
+
+def _side_by_side(files: Mapping[str, Path]) -> View:
+    """One video of several, so that they stay in step."""
+    footage = [read_footage_file(path) for path in files.values()]
+    parts = [enlarge(one.frames) for one in footage]
+    frames, height = parts[0].shape[:2]
+    gap = np.full((frames, height, GAP, 3), 255, np.uint8)
+    joined = np.concatenate([x for part in parts for x in (gap, part)][1:], axis=2)
+    return View(viewing_mp4(joined, footage[0].fps, 1))
 
 
 def _facts(run: Path, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
@@ -156,8 +177,9 @@ def _facts(run: Path, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]
             first, final = series[name].values[0], series[name].values[-1]
             pairs.append((f"{final:.4g}", f"{name}, from {first:.4g}"))
     for evaluation in evaluations:
-        if evaluation.card.mean is not None:
-            pairs.append((f"{evaluation.card.mean:.3f}", f"card.mean, {evaluation.folder.name}"))
+        mean = evaluation.card.mean
+        text = "–" if mean is None else f"{mean:.3f}"
+        pairs.append((text, f"card.mean, {evaluation.folder.name}"))
     return pairs
 
 

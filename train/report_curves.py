@@ -51,8 +51,10 @@ def svg(series: Series, *, log: bool = False) -> str:
     """One curve as an <svg> element of about 3.2 × 2 inches; thin raw values behind the mean."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(3.4, 2.1), layout="constrained")
+    figure = Figure(figsize=(3.4, 2.1))
+    figure.subplots_adjust(left=0.15, right=0.97, top=0.88, bottom=0.12)
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
     steps, values = series.steps, series.values
@@ -65,6 +67,7 @@ def svg(series: Series, *, log: bool = False) -> str:
     axes.set_title(series.name, fontsize=9, color=INK, loc="left", fontweight="bold")
     if log and min(series.values) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=GRID, linewidth=0.6)
     axes.tick_params(labelsize=7, colors=INK, length=2)
     axes.margins(x=0.01)
@@ -74,6 +77,7 @@ def svg(series: Series, *, log: bool = False) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None})
     element = text.getvalue()
     element = element[element.index("<svg") :]
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     # Ids are unique per figure only; a page holds many figures.
     tag = re.sub(r"\W", "_", series.name)
     element = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{tag}_", element)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 STYLE = """
-:root { --ink:#1f2430; --soft:#667085; --line:#e3e7ee; --card:#fff; --ground:#f5f7fa; 
+:root { --ink:#1f2430; --soft:#667085; --line:#e3e7ee; --card:#fff; --ground:#f5f7fa;
   --good:#2563c9; --ceiling:#12805c; --floor:#b45309; }
 * { box-sizing:border-box } body { margin:0; background:var(--ground); color:var(--ink);
   font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
@@ -30,10 +30,9 @@ th:nth-child(-n+2),td:nth-child(-n+2) { text-align:left } td.bar { width:240px }
 .clips { display:grid; grid-template-columns:repeat(auto-fill,minmax(var(--cell),1fr)); gap:14px }
 .clip { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:12px }
 .clip p { margin:0 0 8px; font-size:14px; min-height:2.9em }
-.views { display:flex; gap:8px } figure { margin:0; flex:1; min-width:0 }
-video,figure img { width:100%; display:block; border-radius:6px; background:#000;
-  image-rendering:pixelated }
-figcaption { font-size:11px; color:var(--soft); margin-top:3px }
+figure { margin:0 } video,figure img { width:100%; display:block; image-rendering:pixelated }
+figcaption { display:flex; font-size:11px; color:var(--soft); margin-top:3px }
+figcaption span { flex:1 } p.note { color:var(--soft); font-size:12px; margin:8px 0 0 }
 .chips { display:flex; flex-wrap:wrap; gap:5px; margin-top:8px }
 .chip { font-size:11px; border-radius:20px; padding:1px 8px; background:#eef2f7; color:var(--soft) }
 .chip.good { background:#e3f3ec; color:var(--ceiling) } .chip.bad { background:#fdefe2;
@@ -51,17 +50,17 @@ pre { background:var(--card); border:1px solid var(--line); border-radius:10px; 
 class View:
     """One moving or still picture: `data` is an mp4 (H.264, 4:2:0) or PNG."""
 
-    label: str
     data: bytes
     mime: str = "video/mp4"
 
 
 @dataclass(frozen=True)
 class ClipCard:
-    """A prompt with its pictures and what they scored (name → [0, 1])."""
+    """A prompt with its picture, the labels of what is side by side in it, and scores in [0, 1]."""
 
     prompt: str
-    views: Sequence[View]
+    view: View
+    labels: Sequence[str] = ()
     scores: dict[str, float] = field(default_factory=dict)
 
 
@@ -76,6 +75,7 @@ class ScoreRow:
     low: float  # Wilson 95 %
     high: float
     chance: float
+    blind: float  # right in all but this score
     ceiling: float
     truth: float
     normalised: float | None  # (score − chance) / (ceiling − chance), None without room between
@@ -90,19 +90,25 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="facts">{inner}</div>'
 
 
-def view(item: View) -> str:
-    """A picture with its label, the bytes inside the page."""
-    source = f"data:{item.mime};base64,{base64.b64encode(item.data).decode()}"
-    if item.mime.startswith("video/"):
-        picture = f'<video src="{source}" autoplay loop muted playsinline></video>'
+def note(text: str) -> str:
+    """A paragraph of small print."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def picture(card: ClipCard) -> str:
+    """The card's video or image, the bytes inside the page, with its labels below."""
+    source = f"data:{card.view.mime};base64,{base64.b64encode(card.view.data).decode()}"
+    if card.view.mime.startswith("video/"):
+        element = f'<video src="{source}" autoplay loop muted playsinline></video>'
     else:
-        picture = f'<img src="{source}" alt="{escape(item.label)}">'
-    return f"<figure>{picture}<figcaption>{escape(item.label)}</figcaption></figure>"
+        element = f'<img src="{source}" alt="{escape(card.prompt)}">'
+    labels = "".join(f"<span>{escape(label)}</span>" for label in card.labels)
+    return f"<figure>{element}<figcaption>{labels}</figcaption></figure>"
 
 
 def clip_grid(cards: Sequence[ClipCard]) -> str:
-    """Prompts side by side, each with its pictures and score chips."""
-    widest = max((len(card.views) for card in cards), default=1)
+    """Prompts side by side, each with its picture and score chips."""
+    widest = max((len(card.labels) for card in cards), default=1)
     blocks = []
     for card in cards:
         chips = "".join(
@@ -111,15 +117,15 @@ def clip_grid(cards: Sequence[ClipCard]) -> str:
             for name, value in card.scores.items()
         )
         blocks.append(
-            f'<div class="clip"><p>{escape(card.prompt)}</p>'
-            f'<div class="views">{"".join(map(view, card.views))}</div>'
+            f'<div class="clip"><p>{escape(card.prompt)}</p>{picture(card)}'
             f'<div class="chips">{chips}</div></div>'
         )
-    return f'<div class="clips" style="--cell:{70 + 120 * widest}px">{"".join(blocks)}</div>'
+    width = 70 + 120 * max(widest, 1)
+    return f'<div class="clips" style="--cell:{width}px">{"".join(blocks)}</div>'
 
 
 def score_bar(row: ScoreRow) -> str:
-    """Score with its interval on a line from 0 to 1; ticks for chance and ceiling."""
+    """Score with its interval on a line from 0 to 1; ticks for blind and ceiling."""
 
     def x(value: float) -> str:
         return f"{4 + 212 * value:.1f}"
@@ -137,7 +143,7 @@ def score_bar(row: ScoreRow) -> str:
         'stroke-linecap="round"/>'
         f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="10" y2="10" stroke="var(--good)" '
         'stroke-opacity=".35" stroke-width="6" stroke-linecap="round"/>'
-        f"{tick(row.chance, 'floor', 'chance')}{tick(row.ceiling, 'ceiling', 'ceiling')}"
+        f"{tick(row.blind, 'floor', 'blind')}{tick(row.ceiling, 'ceiling', 'ceiling')}"
         f'<circle cx="{x(row.score)}" cy="10" r="5" fill="var(--good)"/></svg>'
     )
 
@@ -147,8 +153,8 @@ def score_table(rows: Sequence[ScoreRow]) -> str:
     head = "".join(
         f"<th>{name}</th>"
         for name in (
-            *("family", "score", "clips", "drawn", "95 %", "chance", "VAE ceiling", "truth"),
-            *("normalised", "0 … 1"),
+            *("family", "score", "clips", "drawn", "95 %", "chance", "blind", "VAE ceiling"),
+            *("truth", "normalised", "0 … 1"),
         )
     )
     lines = []
@@ -156,8 +162,8 @@ def score_table(rows: Sequence[ScoreRow]) -> str:
         normalised = "–" if row.normalised is None else f"{row.normalised:.2f}"
         cells = (
             *(escape(row.family), escape(row.name), str(row.num_clips), f"<b>{row.score:.2f}</b>"),
-            *(f"{row.low:.2f}–{row.high:.2f}", f"{row.chance:.2f}", f"{row.ceiling:.2f}"),
-            *(f"{row.truth:.2f}", normalised),
+            *(f"{row.low:.2f}–{row.high:.2f}", f"{row.chance:.2f}"),
+            *(f"{row.blind:.2f}", f"{row.ceiling:.2f}", f"{row.truth:.2f}", normalised),
         )
         inner = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr>{inner}<td class="bar">{score_bar(row)}</td></tr>')

@@ -7,12 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 FRAMES = 4  # of each clip
 MAX_BYTES = 300_000  # a README should load at once
-GAP = 0.12  # inches between pictures
+CELLS = (128, 112, 96, 80, 64, 48, 32)  # px per frame, the largest that fits counts
+WRAP = 30  # characters of a prompt per line
 
 
 @dataclass(frozen=True)
@@ -30,53 +32,47 @@ def chosen(frames: np.ndarray, count: int = FRAMES) -> np.ndarray:
 
 
 def write_picture(rows: Sequence[PictureRow], path: Path) -> None:
-    """Write a PNG below 300 kB; resolution falls until it fits. ValueError without rows."""
+    """Write a PNG below 300 kB; frames shrink until it fits. ValueError without rows."""
     if not rows:
         raise ValueError("no clip to show: run `longtake evaluate` before `longtake report`")
     scratch = path.with_name(path.name + ".tmp.png")
-    for dpi in (160, 130, 100, 80, 60, 45):
-        _draw(rows, scratch, dpi)
+    for cell in CELLS:
+        _draw(rows, scratch, cell)
         if scratch.stat().st_size <= MAX_BYTES:
             break
     os.replace(scratch, path)
 
 
-def _draw(rows: Sequence[PictureRow], path: Path, dpi: int) -> None:
+def _draw(rows: Sequence[PictureRow], path: Path, cell: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    side, text, head = 0.82, 2.5, 0.34  # inches
-    aspect = rows[0].drawn.shape[1] / rows[0].drawn.shape[2]
-    height = side * aspect
-    columns = 2 * FRAMES
-    width = text + columns * side + 3 * GAP
-    total = head + len(rows) * (height + GAP)
-    figure = Figure(figsize=(width, total), dpi=dpi, facecolor="white")
+    gap, text, head = cell // 16 + 1, 2 * cell + 40, cell // 4 + 8  # px
+    height = round(cell * rows[0].drawn.shape[1] / rows[0].drawn.shape[2])
+    half = FRAMES * (cell + gap) + gap
+    canvas = np.full((head + len(rows) * (height + gap), text + 2 * half, 3), 255, np.uint8)
+    dpi = 100
+    figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi), dpi=dpi)
     FigureCanvasAgg(figure)
-    for index, title in enumerate(("drawn from the prompt", "true clip with this caption")):
-        left = text + index * (FRAMES * side + GAP)
-        figure.text(
-            *((left + 0.02) / width, 1 - 0.22 / total),
-            title,
-            fontsize=8,
-            color="#667085",
-            va="center",
-        )
-    for number, row in enumerate(rows):
-        bottom = total - head - (number + 1) * (height + GAP) + GAP
-        figure.text(
-            *(0.08 / width, (bottom + height / 2) / total),
-            "\n".join(textwrap.wrap(row.prompt, 34)[:4]),
-            fontsize=8.5,
-            color="#1f2430",
-            va="center",
-        )
-        for half, frames in enumerate((row.drawn, row.truth)):
+    style: dict[str, Any] = {"va": "center", "fontsize": cell / 12 + 1}
+    for index, row in enumerate(rows):
+        top = head + index * (height + gap)
+        for side, frames in enumerate((row.drawn, row.truth)):
             for column, frame in enumerate(chosen(frames)):
-                left = text + half * (FRAMES * side + GAP) + column * side
-                axes = figure.add_axes(
-                    (left / width, bottom / total, (side - 0.04) / width, height / total)
-                )
-                axes.imshow(frame, interpolation="nearest", aspect="auto")
-                axes.set_axis_off()
+                left = text + side * half + column * (cell + gap)
+                canvas[top : top + height, left : left + cell] = nearest(frame, height, cell)
+        middle = 1 - (top + height / 2) / canvas.shape[0]
+        lines = "\n".join(textwrap.wrap(row.prompt, WRAP)[:5])
+        figure.text(gap / canvas.shape[1], middle, lines, color="#1f2430", **style)
+    for side, title in enumerate(("drawn from the prompt", "a true clip with this caption")):
+        place = (text + side * half) / canvas.shape[1], 1 - head / 2 / canvas.shape[0]
+        figure.text(*place, title, color="#667085", **style)
+    figure.figimage(canvas)
     figure.savefig(path, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def nearest(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Frame (H, W, 3) at another size, without blur."""
+    rows = np.arange(height) * frame.shape[0] // height
+    columns = np.arange(width) * frame.shape[1] // width
+    return frame[rows[:, None], columns]

@@ -1,0 +1,124 @@
+"""Drawing: the same video for the same seed, in any batch; files that play; images kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.data.decode import encode_image, probe
+from longtake.train.codec import load_codec
+from longtake.train.playback import read_footage_file, to_frames
+from longtake.train.runs import load_dit
+from longtake.train.sample import (
+    Painter,
+    SampleRequest,
+    noise_for,
+    sample_to_files,
+    sampler_of,
+    slug,
+)
+
+from .conftest import Road
+from .small_runs import FRAMES, SIDE, write_dit_run
+
+PROMPTS = ("a red circle moves left", "a blue square moves up", "two things")
+
+
+def test_files_play_and_say_what_they_are(road: Road, tmp_path: Path) -> None:
+    request = SampleRequest(PROMPTS[:2], num_videos=2, seed=3)
+    paths = sample_to_files(road.dit, request, tmp_path, device="cpu")
+    assert len(paths) == 4 and len({p.name for p in paths}) == 4
+    info = probe(paths[0].read_bytes())
+    assert (info.frames, info.height, info.width, info.codec) == (FRAMES, 256, 256, "h264")
+    about = json.loads(paths[3].with_suffix(".json").read_text())
+    assert about["prompt"] == PROMPTS[1] and about["video"] == 1 and about["steps"] == 3
+
+
+def test_a_video_does_not_depend_on_its_batch(road: Road, tmp_path: Path) -> None:
+    frames = []
+    for size in (1, 3):
+        request = SampleRequest(PROMPTS, batch_size=size, upscale=1)
+        paths = sample_to_files(road.dit, request, tmp_path / str(size), device="cpu")
+        frames.append([read_footage_file(path).frames for path in paths])
+    for alone, together in zip(*frames, strict=True):
+        assert alone.shape == (FRAMES, SIDE, SIDE, 3)
+        assert np.abs(alone.astype(int) - together.astype(int)).max() <= 2
+
+
+def test_seed_and_prompt_change_the_video(road: Road) -> None:
+    run = load_dit(road.dit)
+    codec = load_codec(run.config, folder=road.dit)
+    painter = Painter(run, codec, sampler_of(run.config))
+    shape = codec.latent_shape(FRAMES, SIDE, SIDE)
+    noise = torch.stack([noise_for(0, shape), noise_for(0, shape), noise_for(1, shape)])
+    same, other_prompt, other_seed = painter.draw([PROMPTS[0], PROMPTS[1], PROMPTS[0]], noise)
+    assert not torch.equal(same, other_prompt)
+    assert not torch.equal(same, other_seed)
+    again = painter.draw([PROMPTS[0]], noise[:1])[0]
+    torch.testing.assert_close(again, same, rtol=0, atol=1e-5)
+
+
+def test_the_first_frame_is_kept(road: Road, tmp_path: Path) -> None:
+    run = load_dit(road.dit)
+    codec = load_codec(run.config, folder=road.dit)
+    painter = Painter(run, codec, sampler_of(run.config))
+    first = torch.rand(1, 3, 1, SIDE, SIDE) * 2 - 1
+    video = painter.draw(
+        [PROMPTS[0]], noise_for(0, codec.latent_shape(FRAMES, SIDE, SIDE))[None], first
+    )
+    alone = codec.decode(codec.encode(first))
+    torch.testing.assert_close(video[:, :, :1], alone, rtol=0, atol=1e-4)
+    picture = tmp_path / "first.png"
+    picture.write_bytes(encode_image(to_frames(first[0])[0]))
+    request = SampleRequest(PROMPTS[:1], image=picture)
+    assert sample_to_files(road.dit, request, tmp_path / "out", device="cpu")
+
+
+def test_mistakes_are_named(road: Road, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        sample_to_files(road.dit, SampleRequest(PROMPTS, image=tmp_path / "no.png"), tmp_path)
+    with pytest.raises(ValueError, match="stage=vae must be dit"):
+        sample_to_files(road.vae, SampleRequest(PROMPTS), tmp_path)
+    with pytest.raises(ValueError, match="4 frames"):
+        sample_to_files(road.dit, SampleRequest(PROMPTS, frames=4), tmp_path)
+    with pytest.raises(ValueError, match="patch_size"):
+        sample_to_files(road.dit, SampleRequest(PROMPTS, size=(18, 18)), tmp_path)
+
+
+def test_i2v_needs_a_run_that_was_trained_on_it(road: Road, tmp_path: Path) -> None:
+    run = write_dit_run(tmp_path / "dit", road.latents, "tasks.i2v=0")
+    picture = tmp_path / "first.png"
+    picture.write_bytes(encode_image(np.zeros((SIDE, SIDE, 3), np.uint8)))
+    with pytest.raises(ValueError, match=r"tasks\.i2v=0"):
+        sample_to_files(run, SampleRequest(PROMPTS[:1], image=picture), tmp_path / "out")
+
+
+def test_the_vae_of_other_latents_is_refused(road: Road, tmp_path: Path) -> None:
+    from .small_runs import write_vae_run
+
+    other = write_vae_run(tmp_path / "vae", road.pixels, "vae.base_dim=4")
+    run = load_dit(road.dit)
+    with pytest.raises(ValueError, match="encode again"):
+        load_codec(run.config, folder=road.dit, vae=other)
+
+
+def test_a_cut_prompt_is_named(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    long = "a red circle " * 20
+    sample_to_files(road.dit, SampleRequest([long]), tmp_path, device="cpu")
+    assert "text.max_length=64" in capsys.readouterr().err
+
+
+def test_identity_codec_draws_without_a_vae(road: Road, tmp_path: Path) -> None:
+    sizes = ("codec=identity", "model.in_channels=3", "model.out_channels=3")
+    run = write_dit_run(
+        *(tmp_path / "dit", road.pixels, *sizes, "prediction=clean", "model.patch_size=[1,4,4]")
+    )
+    (path,) = sample_to_files(run, SampleRequest(PROMPTS[:1], upscale=1), tmp_path / "out")
+    assert read_footage_file(path).frames.shape == (FRAMES, SIDE, SIDE, 3)
+
+
+def test_slug() -> None:
+    assert slug("A red circle, moving LEFT!") == "a-red-circle-moving-left"
+    assert slug("一个") == "prompt"

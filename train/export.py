@@ -1,0 +1,221 @@
+"""`longtake export`: a run as a stock diffusers WanPipeline folder, verified by drawing with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from longtake.data.catalogue import load_catalogue
+from longtake.models.interop import dit_to_diffusers, vae_to_diffusers
+from longtake.models.sampler import SamplerConfig
+from longtake.models.text import Tokenizer
+from longtake.train.codec import Codec, load_codec
+from longtake.train.config import to_tree
+from longtake.train.export_card import model_card
+from longtake.train.run_folder import CONFIG
+from longtake.train.runs import LoadedDiT, load_dit
+from longtake.train.sample import Painter, noise_for, sampler_of
+from longtake.train.schema import DiTRun
+
+if TYPE_CHECKING:
+    from diffusers import WanPipeline
+
+MULTIPLE = 16  # of height and width: what the stock pipeline insists on
+IMAGE_PATCH = (1, 2, 2)  # the TI2V form reads every second latent of its mask
+TOLERANCE = 1e-3  # of pixels in [0, 1]
+VERIFY_PROMPTS = ("a red circle moves left", "")
+VERIFY_STEPS = 4
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Where the pipeline lies and how far its pixels in [0, 1] are from ours, at most."""
+
+    out: Path
+    worst: dict[str, float]  # task → largest difference
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{task} {value:.1e}" for task, value in self.worst.items())
+        lines = [f"{self.out}: equals our sampler through diffusers alone (largest: {found})"]
+        return "\n".join([*lines, *self.notes])
+
+
+def export_run(
+    path: Path,
+    out: Path,
+    *,
+    weights: str = "ema",
+    vae: Path | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write OUT; it appears only when drawing with it gave our own videos.
+
+    ValueError with the reason for what a stock pipeline cannot do, for an OUT that exists, and
+    when the verification fails.
+    """
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists; choose another folder or give --overwrite")
+    run = load_dit(path, weights)
+    check_exportable(run.config)
+    codec = load_codec(run.config, folder=run.place.folder, vae=vae)
+    notes = image_notes(run.config)
+    scratch = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        build_pipeline(run, codec).save_pretrained(scratch)
+        data = data_manifest(run.config)
+        (scratch / "data_manifest.json").write_text(json.dumps(data, indent=1) + "\n")
+        (scratch / CONFIG).write_text(json.dumps(to_tree(run.config), indent=1) + "\n")
+        card = model_card(run, codec, data, draws_from_image=draws_from_image(run.config))
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+        worst = verify(scratch, run, codec)
+        old = out.with_name(f"{out.name}.old-{os.getpid()}")
+        if out.exists():
+            os.replace(out, old)
+        os.replace(scratch, out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return ExportReport(out, worst, notes)
+
+
+def check_exportable(config: DiTRun) -> None:
+    """ValueError with the key, its value and the stock pipeline's limit."""
+    remedy = "draw with `longtake sample` instead"
+    if config.codec != "vae":
+        raise ValueError(f"codec={config.codec} has no stock pipeline, codec=vae has: {remedy}")
+    if config.prediction != "velocity":
+        raise ValueError(
+            f"prediction={config.prediction}: the stock scheduler integrates a velocity: {remedy}"
+        )
+    for bucket in config.data.buckets:
+        if bucket.height % MULTIPLE or bucket.width % MULTIPLE:
+            raise ValueError(
+                f"data.buckets has {bucket.name}: WanPipeline draws only heights and widths that "
+                f"{MULTIPLE} divides: {remedy}"
+            )
+
+
+def draws_from_image(config: DiTRun) -> bool:
+    """Whether the exported folder also works as a WanImageToVideoPipeline (TI2V form)."""
+    patch = tuple(config.model.patch_size)
+    return config.tasks.get("i2v", 0.0) > 0 and patch == IMAGE_PATCH
+
+
+def image_notes(config: DiTRun) -> tuple[str, ...]:
+    """What the user loses, if anything."""
+    if config.tasks.get("i2v", 0.0) > 0 and not draws_from_image(config):
+        patch = tuple(config.model.patch_size)
+        return (
+            f"text to video only: drawing from an image needs model.patch_size={IMAGE_PATCH} in "
+            f"stock pipelines, this run has {patch}",
+        )
+    return ()
+
+
+def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
+    """The stock pipeline around the run's weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    assert codec.vae is not None and codec.mean is not None and codec.std is not None
+    return WanPipeline(
+        tokenizer=Tokenizer(run.config.text).tokenizer,
+        text_encoder=run.text.encoder,
+        vae=vae_to_diffusers(
+            codec.vae,
+            latents_mean=codec.mean.flatten().tolist(),
+            latents_std=codec.std.flatten().tolist(),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=run.config.samples.shift),
+        transformer=dit_to_diffusers(run.dit),
+        expand_timesteps=draws_from_image(run.config),
+    )
+
+
+def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
+    """Draw with diffusers from the written folder and with our sampler, from the same noise.
+
+    Returns the largest difference of pixels in [0, 1] per task; ValueError above 1e-3.
+    """
+    tasks = ["t2v", "i2v"] if draws_from_image(run.config) else ["t2v"]
+    sampler = sampler_of(run.config, steps=min(VERIFY_STEPS, run.config.samples.steps))
+    painter = Painter(run, codec, sampler)
+    bucket = run.config.data.buckets[0]
+    shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+    noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
+    worst = {}
+    for task in track(tasks, description="verify"):
+        image = None
+        if task == "i2v":
+            seeded = torch.Generator().manual_seed(0)
+            first = torch.rand((3, 1, bucket.height, bucket.width), generator=seeded)
+            image = first.mul(255).round().div(255)  # survives the way through an image
+        given = None if image is None else (image * 2 - 1).expand(len(noise), *image.shape)
+        ours = painter.draw(VERIFY_PROMPTS, noise, given).add(1).div(2)
+        theirs = draw_with_diffusers(folder, run.config, sampler, noise, image)
+        worst[task] = (ours - theirs).abs().max().item()
+        if not worst[task] <= TOLERANCE:
+            raise ValueError(
+                f"the exported pipeline draws other pixels than our sampler for {task} (largest "
+                f"difference {worst[task]:.1e}, at most {TOLERANCE}); nothing was written"
+            )
+    return worst
+
+
+def draw_with_diffusers(
+    folder: Path, config: DiTRun, sampler: SamplerConfig, noise: Tensor, image: Tensor | None
+) -> Tensor:
+    """Pixels (B, 3, T, H, W) in [0, 1] drawn from the folder by diffusers alone."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    bucket = config.data.buckets[0]
+    options: dict[str, Any] = {
+        "height": bucket.height,
+        "width": bucket.width,
+        "num_frames": bucket.frames,
+        "num_inference_steps": sampler.steps,
+        "guidance_scale": sampler.guidance_scale,
+        "max_sequence_length": config.text.max_length,
+        "output_type": "pt",
+    }
+    kind = WanPipeline if image is None else WanImageToVideoPipeline
+    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    videos = []
+    for prompt, start in zip(VERIFY_PROMPTS, noise, strict=True):
+        if image is not None:
+            options["image"] = image[:, 0][None]
+        drawn = pipeline(prompt=prompt, latents=start[None].clone(), **options).frames
+        videos.append(drawn[0].transpose(0, 1))  # (T, 3, H, W) → (3, T, H, W)
+    return torch.stack(videos)
+
+
+def data_manifest(config: DiTRun) -> list[dict[str, Any]]:
+    """What the run was trained on: one entry per dataset, with licences where it can be read."""
+    entries = []
+    for dataset in config.data.train:
+        entry: dict[str, Any] = {"share": asdict(dataset), "samples": None, "licences": None}
+        try:
+            known = load_catalogue(dataset.path, dataset.catalogue).filter(dataset.where).catalogue
+        except ValueError as error:
+            entry["unread"] = str(error)  # moved since the training: said, not hidden
+        else:
+            licences = Counter(known.table.column("licence").to_pylist())
+            entry |= {
+                "dataset": known.dataset,
+                "fingerprint": known.fingerprint,
+                "samples": len(known),
+                "licences": {str(name or "not stated"): n for name, n in licences.most_common()},
+            }
+        entries.append(entry)
+    return entries

@@ -1,0 +1,127 @@
+"""The model card that goes with an exported pipeline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longtake.train.codec import Codec
+from longtake.train.runs import LoadedDiT
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [text-to-video, longtake]
+---
+
+# {name}
+
+A video diffusion transformer with its VAE and text encoder, trained from scratch with Longtake.
+It draws {frames} frames of {width}×{height} pixels at {fps:g} frames per second.
+
+## Use
+
+```python
+import torch
+from diffusers import WanPipeline
+from diffusers.utils import export_to_video
+
+pipe = WanPipeline.from_pretrained("PATH", torch_dtype=torch.float32)
+video = pipe(
+    prompt="{prompt}",
+    height={height}, width={width}, num_frames={frames},
+    num_inference_steps={steps}, guidance_scale={guidance:g},
+    max_sequence_length={max_length},
+).frames[0]
+export_to_video(video, "sample.mp4", fps={fps:g})
+```
+
+`max_sequence_length={max_length}` is part of the model: it was trained with captions padded to that
+length, and another value changes what it draws.
+{image}
+## Sizes
+
+| part | parameters | shape |
+|---|---|---|
+| transformer | {dit_params} | {depth} layers, width {hidden}, patch {patch} |
+| VAE | {vae_params} | strides {strides} (time, height, width), {channels} channels |
+| text encoder | {text_params} | {text_kind} |
+
+Trained for {step} optimizer steps (weights: {weights}); sampler: flow-match Euler with
+shift {shift:g}. `config.yaml` is the full training config.
+
+## Training data
+
+{data}
+`data_manifest.json` has the same with fingerprints. Captions: {captions}.
+
+## Limits
+
+It knows what it was trained on and nothing else. The data's licences above apply to what you do
+with it.
+"""
+
+IMAGE = """
+From an image (it becomes the first frame):
+
+```python
+from diffusers import WanImageToVideoPipeline
+pipe = WanImageToVideoPipeline.from_pretrained("PATH", torch_dtype=torch.float32)
+video = pipe(image=image, prompt="…", height={height}, width={width}, num_frames={frames},
+             num_inference_steps={steps}, guidance_scale={guidance:g},
+             max_sequence_length={max_length}).frames[0]
+```
+"""
+
+
+def model_card(
+    run: LoadedDiT, codec: Codec, data: list[dict[str, Any]], *, draws_from_image: bool
+) -> str:
+    """README.md of the exported folder, Markdown."""
+    config, bucket = run.config, run.config.data.buckets[0]
+    assert codec.vae is not None
+    values = {
+        "name": run.place.folder.name,
+        "frames": bucket.frames,
+        "height": bucket.height,
+        "width": bucket.width,
+        "fps": config.data.fps or 8.0,
+        "steps": config.samples.steps,
+        "guidance": config.samples.guidance_scale,
+        "max_length": config.text.max_length,
+    }
+    share = config.data.train[0].captions
+    return CARD.format(
+        **values,
+        prompt=(config.samples.prompts or ["a red circle moves left"])[0],
+        image=IMAGE.format(**values) if draws_from_image else "",
+        dit_params=_count(run.dit),
+        vae_params=_count(codec.vae),
+        text_params=_count(run.text),
+        depth=config.model.depth,
+        hidden=config.model.hidden_size,
+        patch="×".join(map(str, config.model.patch_size)),
+        strides="×".join(map(str, codec.strides)),
+        channels=codec.channels,
+        text_kind=config.text.path or "UMT5 encoder over bytes, trained along",
+        step=run.place.step,
+        weights=run.weights,
+        shift=config.samples.shift,
+        data=_data_table(data),
+        captions=", ".join(f"{kind} {value:g}" for kind, value in share.items()),
+    )
+
+
+def _count(module: Any) -> str:
+    total = sum(parameter.numel() for parameter in module.parameters())
+    return f"{total / 1e6:.2f} M"
+
+
+def _data_table(data: list[dict[str, Any]]) -> str:
+    lines = ["| dataset | samples | licences | weight |", "|---|---|---|---|"]
+    for entry in data:
+        licences = entry["licences"] or {}
+        listed = ", ".join(f"{name} ({count})" for name, count in licences.items()) or "not read"
+        name = entry.get("dataset") or entry["share"]["path"]
+        samples = entry["samples"] if entry["samples"] is not None else "not read"
+        lines.append(f"| {name} | {samples} | {listed} | {entry['share']['weight']:g} |")
+    return "\n".join(lines) + "\n"
