@@ -89,6 +89,8 @@ def deepspeed_json(module: nn.Module, config: EngineConfig, world_size: int) -> 
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
+        # Stage 3 keeps parameters below this size whole; of a small model it shards most as well.
+        "stage3_param_persistence_threshold": min(100_000, numel // 100),
     }
     if config.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -46,7 +46,7 @@ def run_rank(
         "MASTER_PORT": str(port),
     }
     try:
-        ranks = init_distributed("cpu", timeout=60)
+        ranks = init_distributed("cpu", timeout=200)
         result = function(ranks, *args)
         Path(out, f"{rank}.json").write_text(json.dumps(result))
         shutdown(0)
@@ -57,7 +57,7 @@ def run_rank(
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0
 ) -> list[Any]:
     """`function(ranks: Ranks, *args)` on every rank; their JSON results in rank order.
 

@@ -108,26 +108,19 @@ def test_bf16_is_alike_under_every_strategy() -> None:
         assert masters != rounded, f"{name}: masters must be fp32"
 
 
-def one_step(ranks: Ranks, slots_at_once: int) -> list[Any]:
-    results = []
-    for strategy, stage in STRATEGIES:
-        engine = tiny.build(ranks, strategy, stage)
-        history = tiny.train(engine, range(2), slots_at_once=slots_at_once)
-        results.append([history, tiny.full_state(engine)])
-    return results
+def two_steps(ranks: Ranks, slots_at_once: int) -> list[Any]:
+    engines = [tiny.build(ranks, "ddp"), tiny.build(ranks, "deepspeed", 2)]
+    return [tiny.train(e, range(2), slots_at_once=slots_at_once) for e in engines]
 
 
 @pytest.mark.dist
-def test_accumulation_and_ranks_do_not_change_the_step() -> None:
-    expected = run_ranks(1, one_step, 4)[0][0]
-    for world_size, slots_at_once in ((1, 1), (2, 2), (4, 1)):
-        for strategy, result in zip(
-            STRATEGIES, run_ranks(world_size, one_step, slots_at_once)[0], strict=True
-        ):
-            where = f"{strategy} on {world_size} ranks, {slots_at_once} slots at once"
-            for got, wanted in zip(result[0], expected[0], strict=True):
-                assert got == pytest.approx(wanted, rel=1e-5), where
-            assert tiny.worst_difference(result[1], expected[1]) < 1e-5, where
+@pytest.mark.parametrize(("world_size", "slots_at_once"), [(1, 2), (1, 4), (4, 1)])
+def test_accumulation_does_not_change_the_step(world_size: int, slots_at_once: int) -> None:
+    """Beside the 4 micro-batches on 1 rank and 2 on each of 2 of the test above."""
+    expected, _ = plain_loop(2)
+    for history in run_ranks(world_size, two_steps, slots_at_once)[0]:
+        for got, wanted in zip(history, expected, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-5)
 
 
 def poison(ranks: Ranks) -> list[Any]:
