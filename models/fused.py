@@ -145,6 +145,59 @@ def _turn(x: Tensor, rope: Tensor | None) -> Tensor:
     return torch.view_as_real(pairs * rope[:, None]).flatten(-2)
 
 
+class ChannelNormSilu(Function):
+    """silu(x / ‖x‖ · √C · weight) over the channels of each position; x (B, C, ...).
+
+    Works on channels-last memory, a cache-sized piece at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rows = _channel_rows(x)  # (M, C)
+        out = torch.empty_like(rows)
+        gain = math.sqrt(rows.shape[1])
+        with torch.autocast(x.device.type, enabled=False):
+            for piece, out_piece in zip(_pieces(rows), _pieces(out), strict=True):
+                normed, _ = _unit(piece, gain)
+                out_piece.copy_(torch.nn.functional.silu(normed.mul_(weight), inplace=True))
+        ctx.save_for_backward(rows, weight)
+        ctx.shape = x.movedim(1, -1).shape
+        return out.view(ctx.shape).movedim(-1, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        gain = math.sqrt(rows.shape[1])
+        d_rows, d_weight = torch.empty_like(rows), torch.zeros_like(weight)
+        grads = _pieces(_channel_rows(grad))
+        for piece, g, target in zip(_pieces(rows), grads, _pieces(d_rows), strict=True):
+            normed, factor = _unit(piece, gain)
+            g = torch.ops.aten.silu_backward(g.float(), normed * weight)
+            product = g * normed
+            d_weight += product.sum(0)
+            slope = product.mul_(weight).mean(-1, keepdim=True)
+            target.copy_(g.mul_(weight).addcmul_(normed, slope, value=-1).mul_(factor))
+        return d_rows.view(ctx.shape).movedim(-1, 1), d_weight
+
+
+def _channel_rows(x: Tensor) -> Tensor:
+    """(B, C, ...) → (M, C), without a copy in channels-last memory."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    size = CHUNK // rows.shape[1] if rows.device.type == "cpu" else rows.shape[0]
+    return rows.split(max(size, 1))
+
+
+def _unit(rows: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """Rows scaled to length `gain`, and the factors (M, 1) that did it; fp32."""
+    wide = rows.float()
+    factor = gain / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    return wide * factor, factor
+
+
 class ExplicitAttention(Function):
     """softmax(scale·q·kᵀ + bias)·v written out; q (M, N, Dh), k and v (M, L, Dh), M = B·H."""
 

@@ -11,12 +11,11 @@ import json
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.models.vae_blocks import (
     CausalConv3d,
-    ChannelNorm,
+    ChannelNormSilu,
     Downsample,
     FrameAttention,
     ResidualBlock,
@@ -171,12 +170,12 @@ class Encoder(nn.Module):
             )
         )
         self.middle = _middle(dims[-1])
-        self.norm_out = ChannelNorm(dims[-1])
+        self.norm_out = ChannelNormSilu(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(self.stages(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -195,12 +194,12 @@ class Decoder(nn.Module):
                 for before, after, step in zip(befores, dims, steps, strict=True)
             )
         )
-        self.norm_out = ChannelNorm(dims[-1])
+        self.norm_out = ChannelNormSilu(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], config.out_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.stages(self.middle(self.conv_in(z)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out(x))
 
 
 class VAE(nn.Module):

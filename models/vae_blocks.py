@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.models import fused
 from longtake.models.attention import attention
 
 # aten sends fp32 convolutions of one sample with N·C·T·H at or below this to slow_conv3d, which is
@@ -74,9 +75,17 @@ class ChannelNorm(nn.Module):
         self.gain = math.sqrt(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        weight = self.weight.view(-1, *[1] * (x.dim() - 2))
-        return (x * (self.gain / length.clamp_min(1e-12)) * weight).to(x.dtype)
+        wide = x.movedim(1, -1).float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        y = wide * (self.gain / length.clamp_min(1e-12)) * self.weight
+        return y.to(x.dtype).movedim(-1, 1)
+
+
+class ChannelNormSilu(ChannelNorm):
+    """`ChannelNorm`, then SiLU. (B, C, ...) → same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.ChannelNormSilu.apply(x, self.weight)
 
 
 class ResidualBlock(nn.Module):
@@ -84,9 +93,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = ChannelNorm(in_channels)
+        self.norm1 = ChannelNormSilu(in_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.norm2 = ChannelNorm(out_channels)
+        self.norm2 = ChannelNormSilu(out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         self.shortcut = (
             nn.Identity()
@@ -95,8 +104,8 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.shortcut(x) + h
 
 

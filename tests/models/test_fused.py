@@ -1,0 +1,83 @@
+"""Hand-written gradients against those of the plain formulas, over several cache-sized pieces."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.models import fused
+from longtake.models.attention import attention
+
+
+def same(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor) -> None:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    left, right = found(*leaves), expected(*leaves)
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+    weight = torch.randn(right.shape, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        torch.autograd.grad((left * weight).sum(), leaves),
+        torch.autograd.grad((right * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CHUNK", 50)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_gelu() -> None:
+    same(fused.GeluTanh.apply, lambda x: F.gelu(x, approximate="tanh"), 3 * torch.randn(3, 7, 11))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_channel_norm_silu(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 6, 3, 4, 5).contiguous(memory_format=layout)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.silu(F.normalize(x, dim=1) * 6**0.5 * weight.view(-1, 1, 1, 1))
+
+    same(fused.ChannelNormSilu.apply, plain, x, torch.randn(6))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention(with_bias: bool) -> None:
+    bias = torch.tensor([0.0, 0.0, 1.5, 0.3, 0.0]) if with_bias else None
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    same(
+        lambda q, k, v: attention(q, k, v, key_bias=bias),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        q, k, v,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_modulated_norm_and_gate(num_levels: int) -> None:
+    x, branch = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    shift, scale, gate = torch.randn(3, 2, num_levels, 6).unbind(0)
+    index = torch.randint(0, num_levels, (2, 4))
+    one_hot = F.one_hot(index, num_levels).float() if num_levels > 1 else None
+    per_token = index[..., None].expand(-1, -1, 6)
+
+    def plain(x: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        shift, scale, gate = (values.gather(1, per_token) for values in (shift, scale, gate))
+        return (F.layer_norm(x, (6,)) * (1 + scale) + shift) + gate * branch
+
+    def found(x: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        normed = fused.ModulatedNorm.apply(x, shift, scale, one_hot, 1e-5)
+        return fused.GatedAdd.apply(normed, branch, gate, one_hot)
+
+    same(found, plain, x, branch, shift, scale, gate)
+
+
+def test_bf16_stays_close_to_fp32() -> None:
+    x = torch.randn(2, 8, 3, 4, 4)
+    exact = fused.ChannelNormSilu.apply(x, torch.ones(8))
+    found = fused.ChannelNormSilu.apply(x.bfloat16(), torch.ones(8))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), exact, atol=0.03, rtol=0.02)
