@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longtake.data.latents import read_manifest
+from longtake.data.latents import read_manifest, refuse_other_vae
 from longtake.data.plan import Plan, ValPlan, rank_slots
 from longtake.train import checkpoint
 from longtake.train.codec import KEPT_MANIFEST, find_manifest, load_codec
@@ -82,8 +82,12 @@ def _check_latents(config: VAERun | DiTRun) -> None:
     """Cached latents and text must be of the kind and size the model takes."""
     if isinstance(config, VAERun) or config.codec == "identity":
         return
+    first = read_manifest(config.data.train[0].path).vae_hash
+    for dataset in config.data.val:
+        refuse_other_vae(read_manifest(dataset.path), first)
     for index, dataset in enumerate(config.data.train):
         manifest = read_manifest(dataset.path)
+        refuse_other_vae(manifest, first)
         require(
             manifest.z_dim == config.model.in_channels,
             f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the channels "

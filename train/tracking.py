@@ -14,8 +14,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
+from longtake.train.run_folder import METRICS
 from longtake.train.schema import TrackingConfig
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.I)
@@ -37,7 +38,7 @@ class Tracker:
         self.attempt = int(record["attempts"]) + 1
         run_id = str(record["wandb_id"])
         _write_record(run_dir, {"attempts": self.attempt, "wandb_id": run_id})
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._file = _open_rows(run_dir / METRICS)
         wants_wandb = config.backend == "wandb" and config.mode != "disabled"
         self._wandb: ModuleType | None = None
         self._run = self._start_wandb(run_id, config, tree) if wants_wandb else None
@@ -151,6 +152,15 @@ def redact(tree: Any, name: str = "") -> Any:
         if SECRET_NAME.search(key) and len(secret) >= 8:
             text = text.replace(secret, HIDDEN)
     return text
+
+
+def _open_rows(path: Path) -> TextIO:
+    """For appending; a line torn by a kill is ended first, or it would swallow the next row."""
+    is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = path.open("a", encoding="utf-8")
+    if is_torn:
+        file.write("\n")
+    return file
 
 
 def _read_record(run_dir: Path) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Signals and the quarantine of samples that are no good."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longtake.data.plan import Exclusion
+from longtake.train.health import Quarantine, StopSignal
+from longtake.train.run_folder import mark, read_marker
+
+
+def bad(sample_id: int, step: int = 0) -> Exclusion:
+    return Exclusion(sample_id, step, f"clip {sample_id} is damaged")
+
+
+def test_ranks_agree_whatever_the_order_of_the_reports(tmp_path: Path) -> None:
+    one = Quarantine(tmp_path / "q.jsonl", 0.5, 1000)
+    two = Quarantine(None, 0.5, 1000)
+    assert one.agree([[bad(5), bad(3)], [bad(5)], []]) == [bad(3), bad(5)]
+    two.agree([[], [bad(3), bad(5)], [bad(3)]])
+    assert one.agree([[bad(5, 1)], [bad(9, 1)]]) == [bad(9, 1)]  # once is enough
+    two.agree([[bad(9, 1)]])
+    assert one.exclusions == two.exclusions == [bad(3), bad(5), bad(9, 1)]
+    lines = (tmp_path / "q.jsonl").read_text().splitlines()
+    assert [json.loads(line)["sample_id"] for line in lines] == [3, 5, 9]
+
+
+def test_a_checkpoint_carries_the_exclusions() -> None:
+    before, after = Quarantine(None, 0.5, 10), Quarantine(None, 0.5, 10)
+    before.agree([[bad(2**62 + 1, 3)]])
+    after.load(json.loads(json.dumps(before.state())))
+    assert after.exclusions == [bad(2**62 + 1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "seen", "rows", "stops"),
+    [
+        (0, 0, 100, False),
+        (5, 20, 10_000, False),  # a few bad ones at the start say little
+        (11, 20, 10_000, True),
+        (40, 1000, 10_000, False),
+        (51, 1000, 10_000, True),
+        (3, 10_000, 50, True),  # many epochs of a small set: its size counts
+    ],
+)
+def test_too_many_bad_samples_stop_the_run(num_bad: int, seen: int, rows: int, stops: bool) -> None:
+    quarantine = Quarantine(None, 0.05, rows)
+    quarantine.agree([[bad(i) for i in range(num_bad)]])
+    if not stops:
+        quarantine.check(seen)
+        return
+    with pytest.raises(ValueError, match=r"data.max_bad_fraction=0.05(.|\n)*is damaged"):
+        quarantine.check(seen)
+
+
+def test_the_first_signal_is_noted_and_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    stop = StopSignal()
+    try:
+        assert stop.received is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.received == "SIGUSR1"
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_the_second_signal_aborts() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from longtake.train.health import StopSignal\n"
+        "StopSignal()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 1
+
+
+def test_one_marker_at_a_time(tmp_path: Path) -> None:
+    assert read_marker(tmp_path) is None
+    for marker in ("RUNNING", "PREEMPTED", "RUNNING", "FAILED", "FINISHED"):
+        mark(tmp_path, marker, step=3)
+        assert read_marker(tmp_path) == marker
+        assert [path.name for path in tmp_path.iterdir()] == [marker]
+    assert json.loads((tmp_path / "FINISHED").read_text())["step"] == 3

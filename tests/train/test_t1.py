@@ -1,0 +1,72 @@
+"""Tier T1: two gloo ranks learn colour from real shards, though the run is killed in the middle."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longtake.data.world import write_world
+from longtake.train.evaluate import EvaluateOptions, evaluate_run
+from longtake.train.run_folder import read_marker
+from tests.train.tiny_runs import kill_group, kill_or_leave, losses, start_command, wait_for
+
+STEPS, KILLED_AFTER = 800, 430
+TORCHRUN = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "longtake.train"
+
+
+def write_shards(out: Path) -> None:
+    for split, num_clips in (("train", 2000), ("val", 128)):
+        write_world(
+            out / split,
+            families=["move"],
+            num_clips=num_clips,
+            split=split,
+            frames=8,
+            height=16,
+            width=16,
+            fps=8,
+            seed=0,
+            num_workers=2,
+            progress=False,
+        )
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_two_ranks_learn_colour_through_a_kill(tmp_path: Path) -> None:
+    shards, run = tmp_path / "world", tmp_path / "run"
+    write_shards(shards)
+    command = [
+        *("experiment=nano_identity", f"output_dir={run}", f"train.steps={STEPS}"),
+        *(f"data.train.0.path={shards}/train", f"data.val.0.path={shards}/val"),
+        *("train.log_every=1", "train.val_every=400", "train.sample_every=0"),
+        *("train.checkpoint_every=100", "train.num_threads=1", "train.device=cpu"),
+    ]
+    first = start_command(command, *TORCHRUN, cwd=tmp_path)
+    wait_for(lambda: len(losses(run)) > KILLED_AFTER, first, 400)
+    kill_group(first)
+    first.wait()
+    killed = losses(run)
+    assert max(killed) < STEPS
+
+    second = start_command(command, *TORCHRUN, cwd=tmp_path)
+    try:
+        output, _ = second.communicate(timeout=400)
+    finally:
+        kill_or_leave(second)
+    assert second.returncode == 0, output
+    assert read_marker(run) == "FINISHED"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    resumed = {row["step"]: row["loss"] for row in rows if row["attempt"] == 2 and "loss" in row}
+    assert min(resumed) == max(killed) // 100 * 100 + 1
+    again = killed.keys() & resumed.keys()
+    assert len(again) >= 2
+    assert {step: resumed[step] for step in again} == {step: killed[step] for step in again}
+
+    validation = losses(run, "val/loss_ema")
+    assert validation[STEPS] < 0.6 * validation[0]
+    options = EvaluateOptions(num_prompts=64, num_shown=0, steps=8)
+    card = evaluate_run(run, shards / "val", options, device="cpu").card
+    (colour,) = [score for score in card.scores if score.name == "colour"]
+    assert colour.score >= 0.75, f"colour {colour.score:.2f} ({colour.low:.2f}..{colour.high:.2f})"

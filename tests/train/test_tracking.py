@@ -1,0 +1,105 @@
+"""metrics.jsonl always, W&B offline, and no secrets in either."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longtake.data.decode import encode_video
+from longtake.train.schema import TrackingConfig
+from longtake.train.tracking import Tracker, read_metrics, redact
+from tests.data.toy import toy_frames
+
+JSONL = TrackingConfig("jsonl", "disabled", "longtake", None, None, [])
+OFFLINE = TrackingConfig("wandb", "offline", "longtake", None, None, ["test"])
+ONLINE = TrackingConfig("wandb", "online", "longtake", None, None, [])
+
+
+def test_readers_keep_the_last_attempt(tmp_path: Path) -> None:
+    first = Tracker(tmp_path, JSONL, {})
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step)})
+    first.log(2, {"val/loss": 0.5})
+    first.finish(0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "att')  # killed while writing
+    second = Tracker(tmp_path, JSONL, {})
+    assert (first.attempt, second.attempt) == (1, 2)
+    second.log(3, {"loss": 30.0, "lr": float("nan")})
+    second.finish(0)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["attempt"]) for r in rows] == [(1, 1), (2, 1), (2, 1), (3, 2)]
+    assert rows[-1] == {"step": 3, "attempt": 2, "loss": 30.0, "lr": None}
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "sesame-open-123")
+    tree = {
+        "hub_token": "abc",
+        "password": "x",
+        "deep": {"api_key": "k", "list": ["https://me:pw@host/data", "sesame-open-123/file"]},
+        "max_tokens": "64",
+        "lr": 0.1,
+    }
+    assert redact(tree) == {
+        "hub_token": "***",
+        "password": "***",
+        "deep": {"api_key": "***", "list": ["https://***@host/data", "***/file"]},
+        "max_tokens": "64",
+        "lr": 0.1,
+    }
+
+
+def test_wandb_offline_keeps_its_id_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "planted-secret-42")
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(encode_video(toy_frames(0), 8))
+    for step in (1, 2):
+        tracker = Tracker(tmp_path, OFFLINE, {"note": "planted-secret-42", "lr": 0.5})
+        tracker.log(step, {"loss": 1.0 / step})
+        tracker.log_videos(step, {"clip": clip})
+        tracker.finish(0)
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    ids = {run.name.rsplit("-", 1)[1] for run in runs}
+    assert len(ids) == 1
+    assert ids == {json.loads((tmp_path / "run.json").read_text())["wandb_id"]}
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".mp4" for path in files)
+    assert not [path for path in files if b"planted-secret-42" in path.read_bytes()]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_wandb_that_fails_never_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**options: object) -> None:
+        raise wandb.Error(f"no route to the server, mode={options['mode']}")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.warns(UserWarning, match=r"not reachable|W&B is off"):
+        tracker = Tracker(tmp_path, ONLINE, {})
+    tracker.log(1, {"loss": 2.0})
+    tracker.finish(1)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
+
+
+class Dying:
+    """A W&B run whose service has gone."""
+
+    def log(self, row: dict[str, object]) -> None:
+        raise ConnectionError("the service is gone")
+
+
+def test_wandb_that_dies_is_left_behind(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, JSONL, {})
+    tracker._run = Dying()
+    with pytest.warns(UserWarning, match="service is gone"):
+        tracker.log(1, {"loss": 2.0})
+    tracker.log(2, {"loss": 1.0})
+    tracker.finish(0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
