@@ -77,12 +77,21 @@ def phases(out: Path, clips: Path | None) -> list[Phase]:
         ("train the DiT", ("train", "experiment=demo_dit", f"output_dir={dit}", *paths(latents))),
         ("export", ("export", f"{dit}", f"{out}/pipeline", "--overwrite")),
         ("sample", ("sample", f"{dit}", *PROMPTS, "--out", f"{out}/samples")),
-        ("evaluate", ("evaluate", f"{dit}", "--world", f"{world}/val", "--out", f"{out}/scores")),
+        (
+            "evaluate",
+            ("evaluate", f"{dit}", "--world", f"{world}/val", "--out", f"{scores(out)}")
+            + ("--families", "move,leftright", "--prompts", "128"),
+        ),
         ("report", ("report", f"{dit}", "--vae-run", f"{vae}", "--out", f"{out}/report.html")),
     ]
     if clips is not None:
         steps.insert(2, ("pack real clips", ("pack", f"{clips}", f"{out}/packed")))
     return [Phase(title, argv) for title, argv in steps]
+
+
+def scores(out: Path) -> Path:
+    """Folder of the demo's evaluation, where the report looks for it."""
+    return out / "dit" / "evaluation" / "val"
 
 
 def paths(root: Path) -> tuple[str, str]:
@@ -110,12 +119,12 @@ def gates(out: Path) -> list[Gate]:
     """What the demo promises, read from what its runs wrote."""
     psnr = values(out / "vae", "val/psnr_ema")
     losses = values(out / "dit", "val/loss_ema") or [float("nan")]
-    card = json.loads((out / "scores" / "card.json").read_text(encoding="utf-8"))
-    scores: dict[tuple[str, str], dict[str, Any]] = {
+    card = json.loads((scores(out) / "card.json").read_text(encoding="utf-8"))
+    by_name: dict[tuple[str, str], dict[str, Any]] = {
         (score["family"], score["name"]): score for score in card["scores"]
     }
-    clears = max(scores[key]["low"] - scores[key]["blind"] for key in PLACE_AND_MOTION)
-    colour = scores["move", "colour"]["score"]
+    clears = max(by_name[key]["low"] - by_name[key]["blind"] for key in PLACE_AND_MOTION)
+    colour = by_name["move", "colour"]["score"]
     return [
         Gate("VAE: validation PSNR, dB", psnr[-1], 25.0),
         Gate("DiT: validation loss, last / first", losses[-1] / losses[0], 0.6, is_upper=True),
