@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 from rich.progress import track
 
-from longtake.data.filters import apply_filter
+from longtake.data.catalogue_filters import apply_filter
 from longtake.data.indexing import SCHEMA, SCHEMA_VERSION, ShardIndex, index_shard
 from longtake.data.shards import list_shards
 

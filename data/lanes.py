@@ -7,6 +7,7 @@ Inside a segment the samples of a window of shards are shuffled together. A lane
 successive visits form one endless stream: tails are carried on, nothing is dropped.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -72,30 +73,28 @@ class Lanes:
         ).reshape(-1, num_buckets)  # (P, buckets)
         self.totals = self.counts.sum(axis=0)
         self._orders: OrderedDict[Hashable, Any] = OrderedDict()
+        self._segments: OrderedDict[Hashable, Any] = OrderedDict()
         self._windows: OrderedDict[Hashable, Any] = OrderedDict()
 
     def locate(self, bucket: int, lane: int, index: int) -> Place:
         """The index-th sample of a stream; O(1) but for orders and windows, which are kept."""
         total = int(self.totals[bucket])
         visit = (self.num_lanes * index + lane) // total
-        start, stop = self._segment(total, visit, lane)
-        position = start + index - self._lane_length(total, visit, lane)
-        _, ends = self._order(bucket, visit)
-        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        num_windows = -(-int(last + 1 - first) // self.window)
-        edges = first + (last + 1 - first) * np.arange(num_windows + 1) // num_windows
-        piece = np.searchsorted(ends, position, side="right")
-        number = int(np.searchsorted(edges, piece, side="right")) - 1
-        low, high = int(edges[number]), int(edges[number + 1])
-        window_start = max(start, int(ends[low - 1]) if low else 0)
-        window_stop = min(stop, int(ends[high - 1]))
+        edges = _remember(
+            self._segments,
+            (bucket, visit, lane),
+            lambda: self._window_edges(bucket, visit, lane),
+            _WINDOWS_KEPT,
+        )
+        position = edges[0] + index - self._lane_length(total, visit, lane)
+        number = bisect_right(edges, position) - 1
         rows = _remember(
             self._windows,
             (bucket, visit, lane, number),
-            lambda: self._shuffled(bucket, visit, lane, number, window_start, window_stop),
+            lambda: self._shuffled(bucket, visit, lane, number, edges[number], edges[number + 1]),
             _WINDOWS_KEPT,
         )
-        return Place(int(rows[position - window_start]), visit, (start, stop))
+        return Place(int(rows[position - edges[number]]), visit, (edges[0], edges[-1]))
 
     def row_at(self, bucket: int, visit: int, position: int) -> int:
         """The row at an unshuffled position of a visit's order of a bucket."""
@@ -105,14 +104,20 @@ class Lanes:
         """Samples that a lane's stream holds in its first `visits` visits: an even deal."""
         return (visits * total + self.num_lanes - 1 - lane) // self.num_lanes
 
-    def _segment(self, total: int, visit: int, lane: int) -> tuple[int, int]:
-        lanes = np.arange(lane + 1)
-        spare = self.num_lanes - 1 - lanes
-        lengths = ((visit + 1) * total + spare) // self.num_lanes - (
-            visit * total + spare
-        ) // self.num_lanes
-        stop = int(lengths.sum())
-        return stop - int(lengths[-1]), stop
+    def _window_edges(self, bucket: int, visit: int, lane: int) -> list[int]:
+        """Positions where a segment's windows begin, and its end: the segment's pieces in groups
+        of about `window`, all of nearly equal number."""
+        total = int(self.totals[bucket])
+        length = self._lane_length
+        lengths = [length(total, visit + 1, i) - length(total, visit, i) for i in range(lane + 1)]
+        stop = sum(lengths)
+        start = stop - lengths[-1]
+        _, ends = self._order(bucket, visit)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
+        num_pieces = last + 1 - first
+        num_windows = -(-num_pieces // self.window)
+        inner = [first + num_pieces * i // num_windows for i in range(1, num_windows)]
+        return [start, *(int(ends[piece - 1]) for piece in inner), stop]
 
     def _order(self, bucket: int, visit: int) -> tuple[np.ndarray, np.ndarray]:
         """Pieces that hold samples of the bucket, in the visit's order, and their running sums."""
@@ -143,7 +148,8 @@ class Lanes:
         return rows[hash_order(len(rows), seed)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_orders": OrderedDict(), "_windows": OrderedDict()}
+        caches = ("_orders", "_segments", "_windows")
+        return {**self.__dict__, **{name: OrderedDict() for name in caches}}
 
 
 def _piece_bounds(shards: np.ndarray, num_lanes: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from longtake.data.catalogue import build_catalogue, load_catalogue
+from longtake.data.catalogue_filters import split_clauses
 from longtake.data.decode import encode_image
-from longtake.data.filters import split_clauses
 from tests.data.toy import toy_dataset, toy_frames, toy_meta, toy_video, write_shards
 
 
