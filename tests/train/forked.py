@@ -23,6 +23,7 @@ def import_before_fork() -> None:
     """Does the slow imports here once (4 s) rather than in every forked rank."""
     import_deepspeed("cpu")
     importlib.import_module("deepspeed.runtime.zero.stage3")
+    importlib.import_module("torch._inductor.compile_fx")  # DeepSpeed asks for it
     weight = torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
     torch.optim.AdamW([weight], fused=True).step()  # imports dynamo and sympy
