@@ -18,5 +18,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None
     if q.device.type == "cpu" and k.shape[2] <= EXPLICIT_MAX_KEYS:
         out = ExplicitAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), key_bias)
         return out.unflatten(0, q.shape[:2])
-    mask = None if key_bias is None else key_bias.to(q.dtype)
+    mask = None if key_bias is None else key_bias.to(q.dtype).expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

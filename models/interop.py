@@ -15,7 +15,8 @@ from longtake.models.dit import DiT, DiTConfig
 from longtake.models.vae import VAE, VAEConfig
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 # Our name → theirs, tried in this order; what no rule matches keeps its name.
 _VAE_RULES = (
@@ -83,7 +84,7 @@ def vae_to_diffusers(
     vae: VAE, *, latents_mean: Sequence[float], latents_std: Sequence[float]
 ) -> "AutoencoderKLWan":
     """An `AutoencoderKLWan` with our weights and the per-channel statistics of the latents."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     config = vae.config
     with torch.random.fork_rng(devices=[]):  # building it draws weights that are then replaced
@@ -155,7 +156,7 @@ def dit_state_from_diffusers(theirs: dict[str, Tensor], dit: DiT) -> dict[str, T
 
 def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
     """A `WanTransformer3DModel` with our weights."""
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     config = dit.config
     with torch.random.fork_rng(devices=[]):  # building it draws weights that are then replaced

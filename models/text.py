@@ -92,7 +92,6 @@ class TextEncoder(nn.Module):
                 num_heads=config.num_heads,
                 dropout_rate=0.0,
                 feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
             )
         )
 

@@ -5,6 +5,7 @@ reordering, norms reduce over contiguous channels, and merging frames into the b
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -173,7 +174,7 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest-exact")
 
 
-def over_frames(function: nn.Module | object, x: Tensor) -> Tensor:
+def over_frames(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a 2-D function to every frame: (B, C, T, H, W) → (B, C', T, H', W')."""
     batch = x.shape[0]
     frames = x.transpose(1, 2).flatten(0, 1)  # (B·T, C, H, W), a view in channels-last memory

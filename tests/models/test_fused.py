@@ -46,12 +46,21 @@ def test_channel_norm_silu(layout: torch.memory_format) -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_attention(with_bias: bool) -> None:
+@pytest.mark.parametrize("explicit_max_keys", [0, 100])
+def test_attention(
+    with_bias: bool, explicit_max_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longtake.models.attention.EXPLICIT_MAX_KEYS", explicit_max_keys)
     bias = torch.tensor([0.0, 0.0, 1.5, 0.3, 0.0]) if with_bias else None
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = q @ k.transpose(-1, -2) / 8**0.5
+        return (logits if bias is None else logits + bias).softmax(-1) @ v
+
     q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
     same(
         lambda q, k, v: attention(q, k, v, key_bias=bias),
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        plain,
         q, k, v,
     )  # fmt: skip
 

@@ -1,8 +1,12 @@
 """The sampler against the stock scheduler, guidance, given latents; a DiT that overfits."""
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from longtake.models.conditioning import given_mask, noise_levels
@@ -51,7 +55,7 @@ def text(value: float) -> TextInput:
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
 @pytest.mark.parametrize("steps", [1, 2, 7, 24])
 def test_equals_the_stock_scheduler(shift: float, steps: int) -> None:
-    stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+    stock: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
     stock.set_timesteps(steps)
     torch.testing.assert_close(schedule(steps, shift), stock.sigmas, atol=1e-7, rtol=0)
     config = SamplerConfig(steps=steps, shift=shift, guidance_scale=2.5)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from longtake.models.text import TextConfig, TextEncoder, Tokenizer, clean_caption
