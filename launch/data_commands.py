@@ -7,14 +7,15 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from longtake.launch.command import Command, names, positive, size
 
 
 def world_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `longtake world`."""
-    parser.add_argument("out", type=Path, help="folder for the shards")
-    parser.add_argument("--clips", type=positive, required=True, help="number of clips")
+    parser.add_argument("out", type=Path, help="folder for the shards (a PNG with --show)")
+    parser.add_argument("--clips", type=positive, default=1000, help="number of clips")
     parser.add_argument("--families", type=names, help="comma-separated (default: all)")
     parser.add_argument("--split", default="train", choices=("train", "val", "combo", "ood"))
     parser.add_argument("--frames", type=positive, default=17)
@@ -22,25 +23,22 @@ def world_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=positive, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=positive, default=2)
+    parser.add_argument("--show", action="store_true", help="draw a few clips of each family only")
 
 
 def run_world(args: argparse.Namespace) -> int:
     """Write shards of the procedural world, with their catalogue."""
-    from longtake.data.world import FAMILIES, write_world
+    from longtake.data.world import FAMILIES, contact_sheet, write_world
 
     height, width = args.size
+    shape: dict[str, Any] = {"frames": args.frames, "height": height, "width": width}
+    common = {"split": args.split, "fps": args.fps, "seed": args.seed, **shape}
+    families = args.families or tuple(FAMILIES)
+    if args.show:
+        print(contact_sheet(args.out, families=families, **common))
+        return 0
     report = write_world(
-        args.out,
-        families=args.families or tuple(FAMILIES),
-        num_clips=args.clips,
-        split=args.split,
-        frames=args.frames,
-        height=height,
-        width=width,
-        fps=args.fps,
-        seed=args.seed,
-        num_workers=args.workers,
-        progress=True,
+        args.out, families=families, num_clips=args.clips, num_workers=args.workers, **common
     )
     print(f"{args.out}: {report}")
     return 0
@@ -56,15 +54,21 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
         help='JSON lines {"file": …, "caption": …} (default: FOLDER/captions.jsonl)',
     )
     parser.add_argument("--dataset", help="name that sample ids derive from (default: name of OUT)")
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.0, help="share of the sources that get split val"
+    )
 
 
 def run_pack(args: argparse.Namespace) -> int:
     """Turn a folder of ordinary files with captions into shards."""
     from longtake.data.pack import pack_folder
 
-    captions = args.captions or args.folder / "captions.jsonl"
-    report = pack_folder(args.folder, args.out, captions, dataset=args.dataset or args.out.name)
-    print(report)
+    report = pack_folder(
+        *(args.folder, args.out, args.captions),
+        dataset=args.dataset,
+        val_fraction=args.val_fraction,
+    )
+    print(report.summary())
     return 0
 
 

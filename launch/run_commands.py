@@ -174,7 +174,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Draw from a run, score, print the table, write card.json."""
-    from longtake.train.evaluate import EvaluateOptions, evaluate_run, print_card
+    from longtake.train.card import print_card
+    from longtake.train.evaluate import EvaluateOptions, evaluate_run
 
     options = EvaluateOptions(
         families=args.families,
@@ -224,6 +225,13 @@ def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `longtake report`."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--vae-run", type=Path, help="VAE run to show beside it")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder that `longtake evaluate --out` wrote, besides RUN/evaluation/*",
+    )
     parser.add_argument("--out", type=Path, help="HTML file (default: RUN/report.html)")
     parser.add_argument("--picture", type=Path, help="PNG (default: RUN/report.png)")
 
@@ -232,7 +240,10 @@ def run_report(args: argparse.Namespace) -> int:
     """Write report.html and a picture of the samples."""
     from longtake.train.report import write_report
 
-    for path in write_report(args.run, vae_run=args.vae_run, out=args.out, picture=args.picture):
+    paths = write_report(
+        args.run, vae_run=args.vae_run, out=args.out, picture=args.picture, scores=args.scores
+    )
+    for path in paths:
         print(path)
     return 0
 

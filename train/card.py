@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -185,8 +184,7 @@ def print_card(card: Card, console: Console | None = None) -> None:
     """The table a person reads."""
     # 79 columns wide: it must survive a narrow terminal and a log file.
     title = f"{card.about.get('run', '')} · {card.split}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.padding = (0, 1, 0, 0)
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("family", "score"):
         table.add_column(name, no_wrap=True)
     for name in ("n", "drawn", "95 %", "chance", "blind", "ceiling", "truth", "norm."):
@@ -194,7 +192,7 @@ def print_card(card: Card, console: Console | None = None) -> None:
     previous = ""
     for score in card.scores:
         if previous and score.family != previous:
-            table.add_section()
+            table.add_row()
         table.add_row(
             "" if score.family == previous else score.family,
             score.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
+from longtake.models.text import TextConfig
 from longtake.models.vae import VAE, vae_hash
 from longtake.train.runs import LoadedVAE, load_vae
 from longtake.train.schema import DiTRun
@@ -91,11 +93,33 @@ def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, 
     data = Path(config.data.train[0].path)
     for place in (folder, data):
         if place is not None and (place / KEPT_MANIFEST).is_file():
-            return read_manifest(place), data
+            manifest = read_manifest(place)
+            _check_text(manifest, config, place)
+            return manifest, data
     raise ValueError(
         f"{data}: holds no latents.json, and neither does the run folder; give data.train.0.path "
         "a folder that `longtake encode` wrote"
     )
+
+
+def text_hash(config: TextConfig) -> str:
+    """Identity of what turns captions into cached ids or embeddings."""
+    return hashlib.sha256(f"{config.kind}:{config.path}".encode()).hexdigest()
+
+
+def _check_text(manifest: LatentManifest, config: DiTRun, place: Path) -> None:
+    cached = manifest.text
+    remedy = "set the key, or run `longtake encode` with the DiT's own text overrides"
+    if cached.hash != text_hash(config.text):
+        raise ValueError(
+            f"{place}/{KEPT_MANIFEST}: its captions were prepared for another text encoder than "
+            f"text.kind={config.text.kind} text.path={config.text.path!r}: {remedy}"
+        )
+    if cached.max_length != config.text.max_length:
+        raise ValueError(
+            f"text.max_length={config.text.max_length} must be the {cached.max_length} that the "
+            f"captions of {place}/{KEPT_MANIFEST} were cut to: {remedy}"
+        )
 
 
 def load_vae_with_hash(path: Path, wanted: str, device: torch.device | str = "cpu") -> LoadedVAE:

@@ -5,7 +5,6 @@ Everything is gathered in OUT.partial and renamed to OUT at the end; OUT is whol
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from longtake.data.shards import ShardReader, Span
 from longtake.data.transforms import to_float
 from longtake.models.text import TextConfig, TextEncoder, Tokenizer
 from longtake.models.vae import vae_hash
+from longtake.train.codec import text_hash
 from longtake.train.latent_stats import LatentStats, latent_stats, stats_of_latents
 from longtake.train.runs import LoadedVAE, load_vae, pick_device
 
@@ -82,8 +82,7 @@ class EncodedText:
     def cache(self) -> TextCache:
         config = self.tokenizer.config
         kind = "tokens" if self.encoder is None else "embeddings"
-        digest = hashlib.sha256(f"{config.kind}:{config.path}".encode()).hexdigest()
-        return TextCache(kind, digest, config.max_length)
+        return TextCache(kind, text_hash(config), config.max_length)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:

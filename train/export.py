@@ -69,6 +69,7 @@ def export_run(
     check_exportable(run.config)
     codec = load_codec(run.config, folder=run.place.folder, vae=vae)
     notes = image_notes(run.config)
+    keep_quiet()
     scratch = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     scratch.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -121,6 +122,16 @@ def image_notes(config: DiTRun) -> tuple[str, ...]:
             f"stock pipelines, this run has {patch}",
         )
     return ()
+
+
+def keep_quiet() -> None:
+    """No bars and advice of the libraries between ours."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
@@ -189,7 +200,7 @@ def draw_with_diffusers(
         "output_type": "pt",
     }
     kind = WanPipeline if image is None else WanImageToVideoPipeline
-    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline: Any = kind.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     videos = []
     for prompt, start in zip(VERIFY_PROMPTS, noise, strict=True):

@@ -21,11 +21,10 @@ It draws {frames} frames of {width}×{height} pixels at {fps:g} frames per secon
 ## Use
 
 ```python
-import torch
 from diffusers import WanPipeline
 from diffusers.utils import export_to_video
 
-pipe = WanPipeline.from_pretrained("PATH", torch_dtype=torch.float32)
+pipe = WanPipeline.from_pretrained("PATH")
 video = pipe(
     prompt="{prompt}",
     height={height}, width={width}, num_frames={frames},
@@ -65,7 +64,7 @@ From an image (it becomes the first frame):
 
 ```python
 from diffusers import WanImageToVideoPipeline
-pipe = WanImageToVideoPipeline.from_pretrained("PATH", torch_dtype=torch.float32)
+pipe = WanImageToVideoPipeline.from_pretrained("PATH")
 video = pipe(image=image, prompt="…", height={height}, width={width}, num_frames={frames},
              num_inference_steps={steps}, guidance_scale={guidance:g},
              max_sequence_length={max_length}).frames[0]

@@ -22,14 +22,15 @@ from longtake.train.report_page import (
     curve_grid,
     facts,
     folded,
+    hidden,
     note,
     page,
     score_table,
 )
 from longtake.train.report_picture import PictureRow, write_picture
 
-FIRST_CURVES = ("loss", "val/loss", "val/loss_ema", "val/psnr", "val/psnr_ema")
-LOG_CURVES = ("loss", "grad_norm", "lr")
+RESULTS = ("loss", "val/loss_ema", "val/psnr_ema")  # shown as numbers on top
+MAIN_CURVES = ("loss", "val/loss", "val/psnr", "lr", "grad_norm", "samples_per_second")
 MAX_SAMPLES = 24  # of a folder of plain samples; a page of hundreds of videos plays none of them
 PICTURE_ROWS = 6
 GAP = 8  # px between videos side by side
@@ -60,22 +61,29 @@ class Evaluation:
 
 
 def write_report(
-    run: Path, *, vae_run: Path | None = None, out: Path | None = None, picture: Path | None = None
+    run: Path,
+    *,
+    vae_run: Path | None = None,
+    out: Path | None = None,
+    picture: Path | None = None,
+    scores: Sequence[Path] = (),
 ) -> list[Path]:
-    """Write RUN/report.html and, where the run was evaluated, RUN/report.png. Returns the paths.
+    """Write RUN/report.html and, where the run was evaluated, a PNG beside it. Returns the paths.
 
-    The page holds its videos, so it can be sent by mail. ValueError where `run` is no run folder.
+    `scores` are folders of `longtake evaluate` elsewhere than in RUN/evaluation. The page holds its
+    videos, so it can be sent by mail. ValueError where `run` is no run folder.
     """
     config = load_config(run / "config.yaml")
-    evaluations = read_evaluations(run / "evaluation")
+    inside = sorted(path.parent for path in (run / "evaluation").glob("*/card.json"))
+    evaluations = [read_evaluation(folder) for folder in (*inside, *scores)]
     sections = [("", facts(_facts(run, evaluations)))]
     for evaluation in evaluations:
         sections += _evaluation_sections(evaluation)
     for title, cards in read_sample_folders(run / "samples"):
         sections.append((f"Samples · {title}", clip_grid(cards)))
-    sections.append(("Curves", curve_grid(_curves(run))))
+    sections.append(("Curves", _curves(run)))
     if vae_run is not None:
-        sections.append((f"VAE · {vae_run.name}", curve_grid(_curves(vae_run))))
+        sections.append((f"VAE · {vae_run.name}", _curves(vae_run)))
         for title, cards in read_sample_folders(vae_run / "samples"):
             sections.append((f"VAE reconstructions · {title}", clip_grid(cards)))
         sections.append(("", folded("VAE config.yaml", (vae_run / "config.yaml").read_text())))
@@ -86,17 +94,16 @@ def write_report(
     paths = [out]
     rows = [row for evaluation in evaluations for row in picture_rows(evaluation.clips)]
     if rows:
-        paths.append(picture or run / "report.png")
+        paths.append(picture or out.with_suffix(".png"))
         write_picture(rows[:PICTURE_ROWS], paths[-1])
     return paths
 
 
-def read_evaluations(folder: Path) -> list[Evaluation]:
-    """The evaluations under a run's `evaluation/`, by name; empty where there is none."""
-    return [
-        Evaluation(path.parent, read_card(path), tuple(_shown_clips(path.parent)))
-        for path in sorted(folder.glob("*/card.json"))
-    ]
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `longtake evaluate` wrote; ValueError where it did not."""
+    if not (folder / "card.json").is_file():
+        raise ValueError(f"{folder}: holds no card.json; give a folder of `longtake evaluate`")
+    return Evaluation(folder, read_card(folder / "card.json"), tuple(_shown_clips(folder)))
 
 
 def _shown_clips(folder: Path) -> list[ShownClip]:
@@ -134,8 +141,9 @@ def read_sample_folders(folder: Path) -> list[tuple[str, list[ClipCard]]]:
     children = sorted(path for path in folder.glob("*") if path.is_dir())
     during = [path for path in children if path.name.startswith("step-")]
     for child in [*(path for path in children if path not in during), *during[-1:]]:
+        prompts = _prompts(child)
         cards = [
-            ClipCard(_prompt(path), _view(path))
+            ClipCard(prompts.get(path.stem, path.stem), _view(path))
             for path in sorted(child.iterdir())[: 4 * MAX_SAMPLES]
             if path.suffix in (".mp4", ".png")
         ]
@@ -144,11 +152,13 @@ def read_sample_folders(folder: Path) -> list[tuple[str, list[ClipCard]]]:
     return found
 
 
-def _prompt(path: Path) -> str:
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file():
-        return str(json.loads(sidecar.read_text(encoding="utf-8"))["prompt"])
-    return path.stem
+def _prompts(folder: Path) -> dict[str, str]:
+    """File stem → prompt, from prompts.json (training) or a .json beside each file (command)."""
+    prompts: dict[str, str] = {}
+    for path in folder.glob("*.json"):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        prompts |= tree if path.name == "prompts.json" else {path.stem: tree["prompt"]}
+    return prompts
 
 
 def _view(path: Path) -> View:
@@ -172,7 +182,7 @@ def _facts(run: Path, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]
     series = read_series(run)
     last = max(max(s.steps) for s in series.values())
     pairs = [(str(last), "steps")]
-    for name in FIRST_CURVES:
+    for name in RESULTS:
         if name in series:
             first, final = series[name].values[0], series[name].values[-1]
             pairs.append((f"{final:.4g}", f"{name}, from {first:.4g}"))
@@ -183,13 +193,13 @@ def _facts(run: Path, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]
     return pairs
 
 
-def _curves(run: Path) -> list[str]:
+def _curves(run: Path) -> str:
+    """The main charts, the others behind a click."""
     series = read_series(run)
-    order = [
-        *(n for n in FIRST_CURVES if n in series),
-        *(n for n in series if n not in FIRST_CURVES),
-    ]
-    return [svg(series[name], log=name in LOG_CURVES) for name in order]
+    names = [name for name in series if not name.endswith("_ema")]
+    charts = {name: svg(series[name], series.get(f"{name}_ema")) for name in names}
+    main = [charts.pop(name) for name in MAIN_CURVES if name in charts]
+    return curve_grid(main) + hidden("All other curves", curve_grid(list(charts.values())))
 
 
 def picture_rows(clips: Sequence[ShownClip]) -> list[PictureRow]:

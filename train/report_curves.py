@@ -10,7 +10,8 @@ from pathlib import Path
 
 from longtake.train.tracking import read_metrics
 
-INK, GRID, FIRST = "#1f2430", "#d9dde5", "#2563c9"
+INK, GRID, FIRST, SECOND = "#1f2430", "#d9dde5", "#2563c9", "#12805c"
+MANY = 40  # points; more are smoothed
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def svg(series: Series, *, log: bool = False) -> str:
-    """One curve as an <svg> element of about 3.2 × 2 inches; thin raw values behind the mean."""
+def svg(series: Series, ema: Series | None = None) -> str:
+    """One chart as an <svg> element; thin raw values behind a running mean, EMA weights in green.
+
+    The axis is logarithmic where positive values span more than a decade.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -57,15 +61,20 @@ def svg(series: Series, *, log: bool = False) -> str:
     figure.subplots_adjust(left=0.15, right=0.97, top=0.88, bottom=0.12)
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    steps, values = series.steps, series.values
-    if len(values) > 40:
-        axes.plot(steps, values, color=FIRST, alpha=0.22, linewidth=0.7)
-        values = smoothed(values, max(len(values) // 40, 1))
-    axes.plot(
-        steps, values, color=FIRST, linewidth=1.6, marker="o" if len(values) < 12 else "", ms=3
-    )
+    for line, colour, label in ((series, FIRST, "weights"), (ema, SECOND, "EMA")):
+        if line is None:
+            continue
+        values = line.values
+        if len(values) > MANY:
+            axes.plot(line.steps, values, color=colour, alpha=0.22, linewidth=0.7)
+            values = smoothed(values, len(values) // MANY)
+        marker = "o" if len(values) < 12 else ""
+        axes.plot(line.steps, values, color=colour, lw=1.6, marker=marker, ms=3, label=label)
+    if ema is not None:
+        axes.legend(fontsize=7, frameon=False)
     axes.set_title(series.name, fontsize=9, color=INK, loc="left", fontweight="bold")
-    if log and min(series.values) > 0:
+    low, high = min(series.values), max(series.values)
+    if low > 0 and high > 10 * low:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=GRID, linewidth=0.6)

@@ -42,7 +42,8 @@ figcaption span { flex:1 } p.note { color:var(--soft); font-size:12px; margin:8p
   padding:8px }
 .curves svg { width:100%; height:auto; display:block }
 pre { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px;
-  overflow-x:auto; font-size:12px; line-height:1.4 } summary { cursor:pointer; color:var(--soft) }
+  overflow-x:auto; font-size:12px; line-height:1.4 }
+summary { cursor:pointer; color:var(--soft); margin:12px 0 }
 """
 
 
@@ -176,9 +177,14 @@ def curve_grid(curves: Sequence[str]) -> str:
     return f'<div class="curves">{"".join(f"<div>{curve}</div>" for curve in curves)}</div>'
 
 
+def hidden(title: str, html: str) -> str:
+    """Something behind a click."""
+    return f"<details><summary>{escape(title)}</summary>{html}</details>"
+
+
 def folded(title: str, text: str) -> str:
     """Long plain text behind a click."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    return hidden(title, f"<pre>{escape(text)}</pre>")
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:

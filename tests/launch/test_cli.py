@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from longtake.launch import cli
 from longtake.launch.command import names, positive, size
 from longtake.launch.torchrun import Launch, exit_code, preemption_stamp, torchrun_argv

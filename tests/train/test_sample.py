@@ -21,7 +21,7 @@ from longtake.train.sample import (
 )
 
 from .conftest import Road
-from .small_runs import FRAMES, SIDE, write_dit_run
+from .small_runs import FRAMES, SIDE, write_dit_run, write_vae_run
 
 PROMPTS = ("a red circle moves left", "a blue square moves up", "two things")
 
@@ -96,12 +96,16 @@ def test_i2v_needs_a_run_that_was_trained_on_it(road: Road, tmp_path: Path) -> N
 
 
 def test_the_vae_of_other_latents_is_refused(road: Road, tmp_path: Path) -> None:
-    from .small_runs import write_vae_run
-
     other = write_vae_run(tmp_path / "vae", road.pixels, "vae.base_dim=4")
     run = load_dit(road.dit)
     with pytest.raises(ValueError, match="encode again"):
         load_codec(run.config, folder=road.dit, vae=other)
+
+
+def test_captions_cut_to_another_length_are_refused(road: Road, tmp_path: Path) -> None:
+    run = write_dit_run(tmp_path / "dit", road.latents, "text.max_length=32")
+    with pytest.raises(ValueError, match=r"text\.max_length=32 must be the 64"):
+        load_codec(load_dit(run).config, folder=run)
 
 
 def test_a_cut_prompt_is_named(road: Road, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
