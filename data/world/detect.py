@@ -92,26 +92,28 @@ class Detection:
         """By colour, the colours seen in at least a third of the frames, largest first."""
         found = []
         for index, colour in enumerate(COLOURS):
-            mask = self.saturated & (self.label == index)
-            if mask.any():
-                track = self._track(colour, mask)
-                if 3 * track.seen.sum() >= self.num_frames:
-                    found.append(track)
+            track = self._track(colour, index)
+            if track.seen.any() and 3 * track.seen.sum() >= self.num_frames:
+                found.append(track)
         return {t.colour: t for t in sorted(found, key=lambda t: -t.area.sum())}
 
-    def _track(self, colour: str, mask: np.ndarray) -> Track:
+    def _track(self, colour: str, index: int) -> Track:
         shape = (self.num_frames,)
         x, y, area = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape)
         counts = np.zeros(shape, int)
-        for t, blobs in enumerate(self._blobs(mask)):
+        for t, blobs in enumerate(self._blobs(index)):
             if blobs:
                 largest = max(blobs, key=lambda b: b.area)
                 x[t], y[t], area[t] = largest.x, largest.y, largest.area
                 counts[t] = len(blobs)
         return Track(colour, x, y, area, counts)
 
-    def _blobs(self, mask: np.ndarray) -> list[list[Blob]]:
-        """Per frame the blobs of a mask (T, H, W), without debris and one-pixel seams."""
+    def _blobs(self, colour: int) -> list[list[Blob]]:
+        """Per frame the blobs of a colour, without debris and one-pixel seams.
+
+        Faint pixels at an edge count for place and area, not for what is connected to what.
+        """
+        mask = self.saturated & (self.label == colour)
         labels, number = ndimage.label(mask, _IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
         frames: list[list[Blob]] = [[] for _ in range(self.num_frames)]
         if not number:
@@ -119,6 +121,8 @@ class Detection:
         thick = mask[:, :-1, :-1] & mask[:, 1:, :-1] & mask[:, :-1, 1:] & mask[:, 1:, 1:]
         has_core = np.zeros(number + 1, bool)
         has_core[labels[:, :-1, :-1][thick]] = True
+        edge = ndimage.maximum_filter(labels, size=(1, 3, 3)) * (self.cover > 0.1)
+        labels = np.where(labels > 0, labels, edge * (self.label == colour))
         at = np.nonzero(labels)
         which, weight = labels[at], self.cover[at]
         area = np.bincount(which, weight, number + 1)
@@ -127,9 +131,11 @@ class Detection:
         frame = np.zeros(number + 1, int)
         frame[which] = at[0]
         keep = has_core & (area >= MIN_AREA * self.side**2)
+        whole = area[keep].max(initial=0.0)
         for i in np.nonzero(keep)[0]:
             blob = Blob(x[i] / area[i], y[i] / area[i], float(area[i]))
-            twin = next((b for b in frames[frame[i]] if self._is_bridged(frame[i], b, blob)), None)
+            rest = [b for b in frames[frame[i]] if b.area + blob.area <= 1.1 * whole]
+            twin = next((b for b in rest if self._is_bridged(frame[i], b, blob)), None)
             if twin is None:
                 frames[frame[i]].append(blob)
             elif blob.area > twin.area:
@@ -163,41 +169,47 @@ class Detection:
     @cached_property
     def camera(self) -> CameraMotion:
         """Least-squares flow of the unsaturated pixels, one constant pan and zoom per clip."""
-        grey = self.frames.mean(-1, dtype=np.float32)
-        clean = self.cover < 0.12
-        clean = ndimage.binary_erosion(clean, _IN_FRAME, border_value=1)
+        clean = ndimage.binary_erosion(self.cover < 0.12, _IN_FRAME, border_value=1)
+        step = max(1, self.side // 32)  # large frames are averaged down: it is the path that counts
+        rows, cols = self.height // step, self.width // step
+
+        def shrink(values: np.ndarray) -> np.ndarray:
+            cut = values[:, : rows * step, : cols * step]
+            return cut.reshape(-1, rows, step, cols, step).mean((2, 4), dtype=np.float32)
+
+        grey = shrink(self.frames.mean(-1, dtype=np.float32))
+        weight = (shrink(clean) == 1.0).astype(np.float32)
         motion = np.zeros(3)  # px, px, log factor, per frame
         for sigma in (2.0, 2.0, 2.0, 1.0, 1.0, 0.6):
-            motion += self._flow_step(grey, clean.astype(np.float32), motion, sigma)
-        total = motion * (self.num_frames - 1)
-        return CameraMotion(*(float(v) for v in total))
+            motion += _flow_step(grey, weight, motion, sigma)
+        shift_x, shift_y, log_zoom = motion * (self.num_frames - 1)
+        return CameraMotion(float(shift_x * step), float(shift_y * step), float(log_zoom))
 
-    def _flow_step(
-        self, grey: np.ndarray, clean: np.ndarray, motion: np.ndarray, sigma: float
-    ) -> np.ndarray:
-        """One Gauss-Newton step on I_t(p) = I_{t+1}(p + shift + zoom · (p − centre))."""
-        blur = (0.0, sigma, sigma)
-        weight = ndimage.gaussian_filter(clean, blur)
-        soft = ndimage.gaussian_filter(grey * clean, blur) / np.maximum(weight, 1e-3)
-        y, x = np.mgrid[: self.height, : self.width].astype(np.float64)
-        x -= (self.width - 1) / 2
-        y -= (self.height - 1) / 2
-        scale = np.exp(motion[2])
-        at_x = x * scale + motion[0] + (self.width - 1) / 2
-        at_y = y * scale + motion[1] + (self.height - 1) / 2
-        inside = (at_x >= 0) & (at_x <= self.width - 1) & (at_y >= 0) & (at_y <= self.height - 1)
-        pairs = self.num_frames - 1
-        ahead = np.empty((pairs, self.height, self.width))
-        ahead_clean = np.empty_like(ahead)
-        for t in range(pairs):
-            ahead[t] = ndimage.map_coordinates(soft[t + 1], (at_y, at_x), order=1, mode="nearest")
-            ahead_clean[t] = ndimage.map_coordinates(
-                clean[t + 1], (at_y, at_x), order=0, mode="nearest"
-            )
-        keep = (clean[:-1] > 0.5) & (ahead_clean > 0.5) & inside
-        slope_y, slope_x = np.gradient(ahead, axis=(1, 2))
-        rows = np.stack([slope_x, slope_y, slope_x * x + slope_y * y], -1)[keep]  # (n, 3)
-        wanted = (soft[:-1] - ahead)[keep]
-        ridge = np.diag([1.0, 1.0, self.side**2 / 12.0]) * 1e-3 * max(len(rows), 1)
-        step = np.linalg.solve(rows.T @ rows + ridge, rows.T @ wanted)
-        return np.clip(step, (-1.5, -1.5, -0.1), (1.5, 1.5, 0.1))
+
+def _flow_step(grey: np.ndarray, clean: np.ndarray, motion: np.ndarray, sigma: float) -> np.ndarray:
+    """One Gauss-Newton step on I_t(p) = I_{t+1}(p + shift + zoom · (p − centre))."""
+    height, width = grey.shape[1:]
+    blur = (0.0, sigma, sigma)
+    weight = ndimage.gaussian_filter(clean, blur)
+    soft = ndimage.gaussian_filter(grey * clean, blur) / np.maximum(weight, 1e-3)
+    y, x = np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2
+    at_y = y * np.exp(motion[2]) + motion[1] + (height - 1) / 2
+    at_x = x * np.exp(motion[2]) + motion[0] + (width - 1) / 2
+    is_row = (at_y >= 0) & (at_y <= height - 1)
+    inside = is_row[:, None] & (at_x >= 0) & (at_x <= width - 1)
+    to_y, to_x = _linear(at_y), _linear(at_x).T
+    ahead = to_y @ soft[1:] @ to_x  # (T - 1, H, W)
+    keep = (clean[:-1] > 0.5) & (to_y @ clean[1:] @ to_x > 0.99) & inside
+    slope_y, slope_x = np.gradient(ahead, axis=(1, 2))
+    slope_zoom = slope_x * x + slope_y * y[:, None]
+    rows = np.stack([slope_x, slope_y, slope_zoom], -1)[keep]  # (n, 3)
+    wanted = (soft[:-1] - ahead)[keep]
+    ridge = np.diag([1.0, 1.0, min(height, width) ** 2 / 12.0]) * 1e-3 * max(len(rows), 1)
+    step = np.linalg.solve(rows.T @ rows + ridge, rows.T @ wanted)
+    return np.clip(step, (-1.5, -1.5, -0.1), (1.5, 1.5, 0.1))
+
+
+def _linear(at: np.ndarray) -> np.ndarray:
+    """Weights (n, n) of linear interpolation at the indices `at` (n,), clamped to the ends."""
+    at = np.clip(at, 0, len(at) - 1)
+    return np.maximum(1 - abs(at[:, None] - np.arange(len(at))), 0.0)

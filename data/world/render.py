@@ -48,7 +48,7 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray) -> np.nd
         sides = np.abs(dx) * (_ROOT3 / 2) - dy * 0.5
         return _edge(sides - inradius) * _edge(dy - inradius)
     if shape == "ring":
-        return _edge(np.abs(np.sqrt(dx * dx + dy * dy) - 0.925 * r) - 0.27 * r * 2)
+        return _edge(np.abs(np.sqrt(dx * dx + dy * dy) - 0.925 * r) - 0.27 * r)
     if shape == "cross":
         arm, width = _CROSS * r, _CROSS * 0.38 * r
         return np.maximum(_box(dx, dy, arm, width), _box(dx, dy, width, arm))

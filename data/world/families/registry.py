@@ -93,7 +93,7 @@ def family(
 
 
 def is_held_out(colour: str, shape: str, verb: int) -> bool:
-    """Whether a colour x shape x verb triple is kept for the `combo` split (one in nine).
+    """Whether a colour x shape x verb triple is kept for the `combo` split (one in eight).
 
     Every colour, shape, verb and every pair of them still occurs in training.
     """
