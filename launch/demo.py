@@ -20,6 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# Two processes of one thread beat one process of two: small kernels do not fill two threads.
+RANKS = ("--nproc", "2")
 WORLD = ("--frames", "9", "--size", "16x16")
 PROMPTS = (
     "a red circle moves left",
@@ -67,14 +69,20 @@ def phases(out: Path, clips: Path | None) -> list[Phase]:
             ("world", f"{world}/train", "--clips", "9000", "--split", "train", *WORLD),
         ),
         ("world, val", ("world", f"{world}/val", "--clips", "1200", "--split", "val", *WORLD)),
-        ("train the VAE", ("train", "experiment=demo_vae", f"output_dir={vae}", *paths(world))),
+        (
+            "train the VAE",
+            ("train", *RANKS, "experiment=demo_vae", f"output_dir={vae}", *paths(world)),
+        ),
         ("encode, train", ("encode", f"{vae}", f"{world}/train", f"{latents}/train")),
         (
             "encode, val",
             ("encode", f"{vae}", f"{world}/val", f"{latents}/val")
             + ("--stats-from", f"{latents}/train"),
         ),
-        ("train the DiT", ("train", "experiment=demo_dit", f"output_dir={dit}", *paths(latents))),
+        (
+            "train the DiT",
+            ("train", *RANKS, "experiment=demo_dit", f"output_dir={dit}", *paths(latents)),
+        ),
         ("export", ("export", f"{dit}", f"{out}/pipeline", "--overwrite")),
         ("sample", ("sample", f"{dit}", *PROMPTS, "--out", f"{out}/samples")),
         (
@@ -84,7 +92,7 @@ def phases(out: Path, clips: Path | None) -> list[Phase]:
         ),
         ("report", ("report", f"{dit}", "--vae-run", f"{vae}", "--out", f"{out}/report.html")),
     ]
-    if clips is not None:
+    if clips is not None and not (out / "packed").exists():  # it appears when it is complete
         steps.insert(2, ("pack real clips", ("pack", f"{clips}", f"{out}/packed")))
     return [Phase(title, argv) for title, argv in steps]
 

@@ -15,7 +15,8 @@ import hydra
 
 from longtake.train.config import parse_config
 from longtake.train.engine import shutdown
-from longtake.train.run_folder import FAILED, mark
+from longtake.train.health import die_with_parent
+from longtake.train.run_folder import FAILED, FolderInUse, mark
 from longtake.train.setup import Prepared, build, check
 from longtake.train.trainer import train
 
@@ -31,6 +32,9 @@ def run(cfg: Any) -> int:
         return EXIT_FAILED
     try:
         return _train(prepared)
+    except FolderInUse as error:
+        _complain(error)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -61,4 +65,6 @@ def _complain(error: BaseException) -> None:
 @hydra.main(version_base="1.3", config_path="pkg://longtake.conf", config_name="config")
 def main(cfg: Any) -> None:
     """Compose `conf/` with the command line, train, leave with the exit code."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     shutdown(run(cfg))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -11,6 +12,7 @@ RUNNING, PREEMPTED, FAILED, FINISHED = "RUNNING", "PREEMPTED", "FAILED", "FINISH
 MARKERS = (RUNNING, PREEMPTED, FAILED, FINISHED)
 CONFIG, METRICS, QUARANTINE = "config.yaml", "metrics.jsonl", "quarantine.jsonl"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+LOCK = "lock"
 
 
 def mark(folder: Path, marker: str, **details: str | int) -> None:
@@ -26,6 +28,45 @@ def mark(folder: Path, marker: str, **details: str | int) -> None:
     for other in MARKERS:
         if other != marker:
             (folder / other).unlink(missing_ok=True)
+
+
+class FolderInUse(ValueError):
+    """Another training holds the run folder; its marker is not ours to change."""
+
+
+class FolderLock:
+    """One training at a time in a folder: two would write each other's metrics and checkpoints.
+
+    The lock dies with its process, however that ends. A restart may come while the killed run's
+    last process is still going, so it is waited for.
+    """
+
+    def __init__(self, folder: Path, wait: float = 60.0) -> None:
+        """FolderInUse when another process holds the folder for longer than `wait` seconds."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / LOCK).open("a+", encoding="utf-8")
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    self._file.seek(0)
+                    holder = self._file.read().strip() or "unknown"
+                    self._file.close()
+                    raise FolderInUse(
+                        f"{folder} is in use by another training (process {holder}); "
+                        "stop it or give another output_dir"
+                    ) from None
+                time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let another training have the folder."""
+        self._file.close()
 
 
 def read_marker(folder: Path) -> str | None:

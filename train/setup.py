@@ -31,7 +31,16 @@ from longtake.train.dit_task import DiTTask
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
 from longtake.train.health import Quarantine, StopSignal
-from longtake.train.run_folder import CHECKPOINTS, CONFIG, QUARANTINE, RUNNING, mark, read_marker
+from longtake.train.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    QUARANTINE,
+    RUNNING,
+    FolderInUse,
+    FolderLock,
+    mark,
+    read_marker,
+)
 from longtake.train.runs import pick_device
 from longtake.train.schema import DiTRun, VAERun, require
 from longtake.train.tasks import Task, VAETask
@@ -114,6 +123,7 @@ def build(prepared: Prepared) -> Training:
     config, folder, plan = prepared.config, prepared.folder, prepared.plan
     _prepare_torch(config)
     ranks = init_distributed(pick_device(config.train.device).type, config.train.timeout)
+    lock = _claim(folder, ranks)
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks.device)
     engine = Engine(task.module, config.optim, config.engine, ranks)
@@ -143,9 +153,24 @@ def build(prepared: Prepared) -> Training:
         tracker=tracker,
         console=console,
         signals=StopSignal(),
+        lock=lock,
         step=state["step"],
         samples_seen=state["samples_seen"],
     )
+
+
+def _claim(folder: Path, ranks: Ranks) -> FolderLock | None:
+    """Rank 0 holds the folder; where it cannot, all ranks say so alike."""
+    lock, problem = None, ""
+    if ranks.is_main:
+        try:
+            lock = FolderLock(folder)
+        except (FolderInUse, OSError) as error:
+            problem = str(error)
+    problem = ranks.broadcast(problem)
+    if problem:
+        raise FolderInUse(problem)
+    return lock
 
 
 def _prepare_torch(config: VAERun | DiTRun) -> None:

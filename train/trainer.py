@@ -18,7 +18,14 @@ from longtake.train.health import Quarantine, StopSignal
 from longtake.train.metrics import Throughput, WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import viewing_mp4
-from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
+from longtake.train.run_folder import (
+    CHECKPOINTS,
+    FINISHED,
+    PREEMPTED,
+    SAMPLES,
+    FolderLock,
+    mark,
+)
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Drawing, Means, Task
 from longtake.train.tracking import Tracker
@@ -83,6 +90,7 @@ class Training:
     tracker: Tracker | None
     console: RunConsole
     signals: StopSignal
+    lock: FolderLock | None  # on the main rank
     step: int
     samples_seen: int
 
@@ -182,6 +190,8 @@ class Training:
         self.signals.restore()
         if self.tracker is not None:
             self.tracker.finish(exit_code)
+        if self.lock is not None:
+            self.lock.release()
 
 
 def train(run: Training) -> bool:

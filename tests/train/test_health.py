@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,29 @@ def test_one_marker_at_a_time(tmp_path: Path) -> None:
         assert read_marker(tmp_path) == marker
         assert [path.name for path in tmp_path.iterdir()] == [marker]
     assert json.loads((tmp_path / "FINISHED").read_text())["step"] == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has PDEATHSIG")
+def test_a_worker_does_not_outlive_its_launcher(tmp_path: Path) -> None:
+    worker = (
+        "import os, pathlib, sys, time; from longtake.train.health import die_with_parent;"
+        "die_with_parent(); pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    launcher = (
+        "import subprocess, sys;"
+        "subprocess.run([sys.executable, '-c', *sys.argv[1:]], start_new_session=True)"
+    )
+    name = tmp_path / "pid"
+    process = subprocess.Popen([sys.executable, "-c", launcher, worker, str(name)])
+    wait_for(lambda: name.exists() and name.read_text() != "")
+    pid = int(name.read_text())
+    process.kill()
+    process.wait()
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longtake.data.decode import probe
-from longtake.train.run_folder import read_marker
+from longtake.train.run_folder import RUNNING, FolderLock, mark, read_marker
 from tests.train.forked import import_before_fork, run_ranks
 from tests.train.tiny_runs import (
     TINY_VAE,
@@ -289,3 +289,17 @@ def test_a_dit_run_draws_its_prompts(shards: Path, tmp_path: Path) -> None:
     captions = json.loads((drawn / "prompts.json").read_text())
     assert captions == {"sample-00": "a red circle", "sample-01": "ein blauer Kreis"}
     assert probe((drawn / "sample-01.mp4").read_bytes()).frames == 5
+
+
+def test_a_folder_belongs_to_one_training(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    mark(folder, RUNNING)
+    lock = FolderLock(folder)
+    monkeypatch.setattr(FolderLock.__init__, "__defaults__", (0.0,))
+    assert train_here(options(shards, folder)) == 1
+    assert "in use by another training" in capfd.readouterr().err
+    assert read_marker(folder) == RUNNING  # the other one's
+    lock.release()
+    assert train_here(options(shards, folder)) == 0
