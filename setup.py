@@ -1,4 +1,4 @@
-"""Computes the package list: one kept by hand would silently drop new sub-packages from the wheel."""
+"""Computes the package list: one kept by hand would silently drop new sub-packages."""
 
 from setuptools import find_packages, setup
 
