@@ -18,6 +18,10 @@ from longtake.train.optim import OptimConfig, build_adamw, create_state
 from longtake.train.ranks import Ranks
 from longtake.train.strategy import MOMENTS, StateRange, StepResult, whole
 
+# torch 2.13 renamed it and warns of the old name, older ones know only that
+_NEW = hasattr(dist, "all_gather_single")
+all_gather = dist.all_gather_single if _NEW else dist.all_gather_into_tensor
+
 BUCKET_ELEMENTS = 8 * 2**20  # 32 MiB of fp32: large enough for the wire, small enough to overlap
 
 
@@ -172,7 +176,7 @@ class ReplicatedStrategy:
             sent[offset : offset + own.numel()] = own
             offset += share
         received = torch.empty(world_size, sent.numel(), device=sent.device)
-        dist.all_gather_into_tensor(received.view(-1), sent)
+        all_gather(received.view(-1), sent)
         offset = 0
         for piece, share in zip(batch, shares, strict=True):
             for rank in range(world_size):
