@@ -203,17 +203,17 @@ def _curves(run: Path) -> str:
 
 
 def picture_rows(clips: Sequence[ShownClip]) -> list[PictureRow]:
-    """The first clip of each family: not the best, so the picture shows what a user gets."""
-    first: dict[str, ShownClip] = {}
-    for clip in clips:
-        first.setdefault(clip.family, clip)
+    """The first clips of each family: not the best, so the picture shows what a user gets."""
+    families = list(dict.fromkeys(clip.family for clip in clips))
+    each = max(PICTURE_ROWS // max(len(families), 1), 1)
     return [
         PictureRow(
             clip.prompt,
             read_footage_file(clip.files["drawn"]).frames,
             read_footage_file(clip.files["truth"]).frames,
         )
-        for clip in first.values()
+        for family in families
+        for clip in [clip for clip in clips if clip.family == family][:each]
     ]
 
 
