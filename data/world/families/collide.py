@@ -38,6 +38,11 @@ def _words(hitter: Entity, target: Entity, word: str) -> Words:
     )
 
 
+def _entity(number: int, look: tuple[str, str], radius: float, *path: Segment) -> Entity:
+    colour, shape = look
+    return Entity(number, shape, colour, radius, path)
+
+
 @family(
     "collide",
     min_frames=5,
@@ -73,20 +78,10 @@ def compose(rng: np.random.Generator, canvas: Canvas) -> Composition:
         return (along, across) if direction[0] else (across, along)
 
     vx, vy = (direction * speed).tolist()
-    hitter = Entity(
-        0,
-        first[1],
-        first[0],
-        radius,
-        (Segment(0.0, *place(start), vx, vy), Segment(contact, *place(stop))),
-    )
-    target = Entity(
-        1,
-        second[1],
-        second[0],
-        radius,
-        (Segment(0.0, *place(rest)), Segment(contact, *place(rest), vx, vy)),
-    )
+    struck = Segment(contact, *place(rest), vx, vy)
+    still = Segment(contact, *place(stop))
+    hitter = _entity(0, first, radius, Segment(0.0, *place(start), vx, vy), still)
+    target = _entity(1, second, radius, Segment(0.0, *place(rest)), struck)
     scene = Scene(
         canvas.frames,
         canvas.height,
