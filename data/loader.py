@@ -180,9 +180,14 @@ def read_batches(
     catalogues: Sequence[Catalogue], config: DataConfig, micro_batches: Sequence[MicroBatch]
 ) -> Iterator[Batch]:
     """Batches of a validation plan. A sample that cannot be read is left out, not replaced: the
-    pass stays the same at every number of ranks. A batch that loses all its clips has none.
+    pass stays the same at every number of ranks. A batch that loses all its clips stands in with
+    one of another batch and is not counted: every rank must run its model as often as the others.
+
+    Raises:
+        ValueError: not one sample of the pass can be read.
     """
     reader = SampleReader(catalogues, config)
+    spare: Clip | None = None
     for planned in micro_batches:
         batch = Batch(planned.step, planned.slot, [], counted=planned.counted)
         for sample in planned.samples:
@@ -191,4 +196,20 @@ def read_batches(
             except BadSample as error:
                 reason = f"{sample.key}: {error}"
                 batch.excluded.append(Exclusion(sample.sample_id, planned.step, reason))
+        if not batch.clips:
+            spare = spare or _first_readable(reader, micro_batches)
+            batch.clips, batch.counted = [spare], False
+        else:
+            spare = batch.clips[0]
         yield batch
+
+
+def _first_readable(reader: SampleReader, micro_batches: Sequence[MicroBatch]) -> Clip:
+    reason = "it is empty"
+    for planned in micro_batches:
+        for sample in planned.samples:
+            try:
+                return reader.read(sample)
+            except BadSample as error:
+                reason = f"{sample.key}: {error}"
+    raise ValueError(f"data.val: no sample can be read, the last one because {reason}")

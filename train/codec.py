@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def load_codec(
     manifest, where = find_manifest(config, folder)
     named = vae or (Path(config.vae_run) if config.vae_run else None)
     if named is None and "vae_run" in manifest.versions:
-        named = Path(os.path.normpath(where / manifest.versions["vae_run"]))
+        named = Path(os.path.normpath(where.resolve() / manifest.versions["vae_run"]))
     if named is None:
         raise ValueError("vae_run=null and the latents name no VAE run; set vae_run or --vae-run")
     loaded = load_vae_with_hash(named, manifest.vae_hash, device)
@@ -89,17 +90,31 @@ def load_codec(
 
 
 def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, Path]:
-    """latents.json of a DiT run, from its folder or its first dataset, and the latents' folder."""
+    """latents.json of a DiT run, from its folder or its first dataset, and where it was found."""
     data = Path(config.data.train[0].path)
     for place in (folder, data):
         if place is not None and (place / KEPT_MANIFEST).is_file():
             manifest = read_manifest(place)
-            _check_text(manifest, config, place)
-            return manifest, data
+            check_text(manifest, config, place)
+            return manifest, place
     raise ValueError(
         f"{data}: holds no latents.json, and neither does the run folder; give data.train.0.path "
         "a folder that `longtake encode` wrote"
     )
+
+
+def keep_manifest(config: DiTRun, folder: Path) -> None:
+    """Copy latents.json into the run folder, with the way to the VAE as seen from there."""
+    _, place = find_manifest(config, folder)
+    if place.resolve() == folder.resolve():
+        return
+    tree = json.loads((place / KEPT_MANIFEST).read_text(encoding="utf-8"))
+    if "vae_run" in tree["versions"]:
+        vae = os.path.normpath(place.resolve() / tree["versions"]["vae_run"])
+        tree["versions"]["vae_run"] = os.path.relpath(vae, folder.resolve())
+    scratch = folder / f"{KEPT_MANIFEST}.tmp"
+    scratch.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, folder / KEPT_MANIFEST)
 
 
 def text_hash(config: TextConfig) -> str:
@@ -107,7 +122,8 @@ def text_hash(config: TextConfig) -> str:
     return hashlib.sha256(f"{config.kind}:{config.path}".encode()).hexdigest()
 
 
-def _check_text(manifest: LatentManifest, config: DiTRun, place: Path) -> None:
+def check_text(manifest: LatentManifest, config: DiTRun, place: Path) -> None:
+    """ValueError unless the latents' text was prepared as this run's config would."""
     cached = manifest.text
     remedy = "set the key, or run `longtake encode` with the DiT's own text overrides"
     if cached.hash != text_hash(config.text):

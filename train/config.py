@@ -41,6 +41,7 @@ def parse_config(cfg: Any) -> VAERun | DiTRun:
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
     assert isinstance(tree, dict)
+    _locate(tree)
     stage = tree.get("stage")
     choice("stage", stage, STAGES, "pick an experiment=... or a stage=...")
     config = _build(VAERun if stage == "vae" else DiTRun, tree, "")
@@ -85,6 +86,22 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         f"data.micro_batches_per_step={slots} must be divisible by the number of ranks, "
         f"{world_size}: set it to a multiple or start another number of processes",
     )
+
+
+def _locate(tree: dict[str, Any]) -> None:
+    """Make the folders that a config names absolute: a run is read from other directories too.
+
+    What is no folder here (a hub id, a mistake) stays as it is.
+    """
+    data = tree.get("data")
+    sets = [*(data.get("train") or []), *(data.get("val") or [])] if isinstance(data, dict) else []
+    for section, keys in [(tree, ("vae_run",)), (tree.get("text"), ("path",))] + [
+        (dataset, ("path", "catalogue")) for dataset in sets
+    ]:
+        for key in keys if isinstance(section, dict) else ():
+            value = section.get(key)
+            if isinstance(value, str) and value and Path(value).is_dir():
+                section[key] = str(Path(value).absolute())
 
 
 def _check_run(config: VAERun | DiTRun) -> None:

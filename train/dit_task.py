@@ -46,7 +46,9 @@ class TextToVideo(nn.Module):
         """Embeddings (B, max_length, D), zero after each row's end, and their lengths."""
         if self.text is not None:
             return TextInput(*self.text(rows))
-        return pad_embeddings(rows, self.max_length)
+        text = pad_embeddings([row.cpu() for row in rows], self.max_length)
+        device = next(self.dit.parameters()).device
+        return TextInput(text.embeds.to(device), text.lens)
 
     def forward(
         self,

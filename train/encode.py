@@ -254,6 +254,7 @@ class ShardEncoder:
             std=self.stats.std,
             dataset=self.catalogue.dataset,
             max_samples=len(samples) + 1,
+            max_bytes=2**62,  # one source shard, one tar
         ) as writer:
             for batch, videos in chain([first], batches):
                 for sample, latents in zip(batch, self._encode(videos), strict=True):
@@ -265,7 +266,8 @@ class ShardEncoder:
         for extra in (MANIFEST, "empty_text.safetensors"):
             if (scratch / extra).is_file():
                 os.replace(scratch / extra, staging / extra)
-        os.replace(next(scratch.glob("*.tar")), staging / name)
+        (made,) = scratch.glob("*.tar")
+        os.replace(made, staging / name)
         shutil.rmtree(scratch)
 
     def _list_skipped(self, staging: Path, name: str) -> None:

@@ -8,17 +8,16 @@ ranks, makes the weights and reads the last good checkpoint.
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longtake.data.latents import read_manifest, refuse_other_vae
+from longtake.data.latents import read_empty_text, read_manifest, refuse_other_vae
 from longtake.data.plan import Plan, ValPlan, rank_slots
 from longtake.train import checkpoint
-from longtake.train.codec import KEPT_MANIFEST, find_manifest, load_codec
+from longtake.train.codec import check_text, keep_manifest, load_codec
 from longtake.train.config import (
     check_world_size,
     load_config,
@@ -92,23 +91,22 @@ def _check_latents(config: VAERun | DiTRun) -> None:
     if isinstance(config, VAERun) or config.codec == "identity":
         return
     first = read_manifest(config.data.train[0].path).vae_hash
-    for dataset in config.data.val:
-        refuse_other_vae(read_manifest(dataset.path), first)
-    for index, dataset in enumerate(config.data.train):
-        manifest = read_manifest(dataset.path)
-        refuse_other_vae(manifest, first)
+    for name, datasets in (("train", config.data.train), ("val", config.data.val)):
+        for index, dataset in enumerate(datasets):
+            manifest = read_manifest(dataset.path)
+            refuse_other_vae(manifest, first)
+            check_text(manifest, config, Path(dataset.path))
+            require(
+                manifest.z_dim == config.model.in_channels,
+                f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the "
+                f"channels of the latents in data.{name}.{index}.path={dataset.path}",
+            )
+    if config.text.kind == "pretrained":
+        width = read_empty_text(config.data.train[0].path).shape[1]
         require(
-            manifest.z_dim == config.model.in_channels,
-            f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the channels "
-            f"of the latents in data.train.{index}.path={dataset.path}",
-        )
-        kind = "tokens" if config.text.kind == "bytes" else "embeddings"
-        cache = manifest.text
-        require(
-            (cache.kind, cache.max_length) == (kind, config.text.max_length),
-            f"text.kind={config.text.kind} with text.max_length={config.text.max_length} needs "
-            f"cached {kind} of that length, data.train.{index}.path={dataset.path} holds "
-            f"{cache.kind} of {cache.max_length}: run `longtake encode` with this text config",
+            config.model.text_dim == width,
+            f"model.text_dim={config.model.text_dim} must be {width}, the width of the cached text "
+            f"in data.train.0.path={config.data.train[0].path} (and text.d_model with it)",
         )
 
 
@@ -212,8 +210,6 @@ def _open_folder(prepared: Prepared, ranks: Ranks) -> Tracker | None:
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, folder / CONFIG)
     if isinstance(config, DiTRun) and config.codec == "vae":
-        _, latents = find_manifest(config, folder)
-        if (latents / KEPT_MANIFEST).is_file():
-            shutil.copyfile(latents / KEPT_MANIFEST, folder / KEPT_MANIFEST)
+        keep_manifest(config, folder)
     mark(folder, RUNNING, pid=os.getpid(), world_size=ranks.world_size)
     return Tracker(folder, config.tracking, to_tree(config))

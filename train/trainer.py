@@ -48,7 +48,7 @@ class Validation:
         head: list[Batch] = []
         missing = self.config.validation.num_videos
         for batch in self._read(0, 1) if missing else ():
-            shape = batch.clips[0].sample.shape if batch.clips else None
+            shape = batch.clips[0].sample.shape if batch.counted else None
             if missing <= 0 or (head and shape != head[0].clips[0].sample.shape):
                 break
             if shape is not None:

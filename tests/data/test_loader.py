@@ -242,3 +242,19 @@ def test_decord_loads_the_same_clips(tmp_path: Path) -> None:
     two = _load(Plan.from_config(config, 0), 1)[0][0]
     assert [c.sample for c in one.clips] == [c.sample for c in two.clips]
     assert (one.stack_video() - two.stack_video()).square().mean().sqrt() < 0.03
+
+
+def test_a_validation_batch_without_a_readable_clip_still_runs(tmp_path: Path) -> None:
+    """The ranks must run their models equally often; the stand-in counts for nothing."""
+    catalogue = toy_dataset(tmp_path, 16)
+    _flip_payload(catalogue, "clip0000")
+    config = _config(tmp_path, BucketConfig(9, 32, 32, 1))
+    plan = ValPlan.from_config(config, 0, 6)
+    batches = list(read_batches(plan.catalogues, config, plan.micro_batches(0, 1)))
+    assert len(batches) == 6 and all(batch.clips for batch in batches)
+    (lost,) = [batch for batch in batches if not batch.counted]
+    assert len(lost.excluded) == 1
+    for key in [f"clip{index:04d}" for index in range(1, 16)]:
+        _flip_payload(catalogue, key)
+    with pytest.raises(ValueError, match="no sample can be read"):
+        list(read_batches(plan.catalogues, config, plan.micro_batches(0, 1)))
