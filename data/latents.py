@@ -106,6 +106,7 @@ class LatentWriter:
         std: list[float] | None = None,
         dataset: str | None = None,
         max_samples: int = 500,
+        max_bytes: int = 2**28,
     ) -> None:
         """`empty_text` is the encoding of "" for caption dropout, needed with embeddings."""
         if text.kind not in TEXT_CACHES:
@@ -118,7 +119,7 @@ class LatentWriter:
         self._vae_hash, self._z_dim, self._strides = vae_hash, z_dim, strides
         self._text, self._empty_text = text, empty_text
         self._mean, self._std, self._dataset = mean, std, dataset
-        self._shards = ShardWriter(self.out, max_samples=max_samples)
+        self._shards = ShardWriter(self.out, max_samples=max_samples, max_bytes=max_bytes)
         self._stats = ChannelStats(z_dim)
         self._num_samples = 0
 

@@ -10,7 +10,7 @@ import torch
 
 from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import decode_clip
-from longtake.data.latents import decode_sample, read_manifest
+from longtake.data.latents import LatentWriter, decode_sample, read_manifest
 from longtake.data.shards import ShardReader, Span, scan_shard
 from longtake.models.text import Tokenizer
 from longtake.models.vae import vae_hash
@@ -146,3 +146,14 @@ def test_a_damaged_clip_is_counted(road: Road, tmp_path: Path) -> None:
 
 def payload(reader: ShardReader, folder: Path, row: dict) -> bytes:
     return reader.read(folder / row["shard"], Span(row["payload_offset"], row["payload_size"]))
+
+
+def test_a_shard_of_any_size_becomes_one_shard(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when latents and text of one source shard exceed the writer's usual limit."""
+    defaults = {**(LatentWriter.__init__.__kwdefaults__ or {}), "max_bytes": 1}
+    monkeypatch.setattr(LatentWriter.__init__, "__kwdefaults__", defaults)
+    report = encode_shards(road.vae, road.pixels, tmp_path / "latents", small_text())
+    assert (report.num_shards, report.num_samples) == (4, 12)
+    assert len(load_catalogue(tmp_path / "latents")) == 12
