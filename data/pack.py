@@ -98,7 +98,12 @@ def pack_folder(
         skipped += [(name, f"no line in {captions.name}") for name in _uncaptioned(folder, seen)]
         if not keys:
             raise ValueError(f"{folder}: nothing could be packed: {skipped[:5]}")
-        build_catalogue(temporary, dataset=dataset or out.resolve().name, progress=False)
+        made = build_catalogue(temporary, dataset=dataset or out.resolve().name, progress=False)
+        if len(made) + len(made.rejected) != keys.total():
+            raise RuntimeError(
+                f"{out}: {keys.total()} clips were packed, the catalogue knows of "
+                f"{len(made)} and {len(made.rejected)} rejected ones"
+            )
         if out.exists():
             out.rmdir()  # empty, as checked
         os.replace(temporary, out)
@@ -184,6 +189,9 @@ def _key(name: str, used: Counter[str]) -> str:
     key = "/".join(re.sub(r"[^\w\-]", "_", part) for part in path.parts)
     if len(key.encode()) > _MAX_KEY_BYTES:
         key = f"{key[:20]}_{derive_seed(name):016x}"
+    above, slash, base = key.rpartition("/")
+    # Readers pass over names that begin with two underscores.
+    key = f"{above}{slash}{base.lstrip('_') or 'clip'}"
     while used[key]:
         key += "_"
     used[key] += 1

@@ -160,10 +160,12 @@ class ShardWriter:
 def _check_name(key: str, members: Mapping[str, bytes]) -> None:
     base = key.rsplit("/", 1)[-1]
     parts = key.split("/")
-    if not base or "." in base or any(part in ("", ".", "..") for part in parts) or "\0" in key:
+    outside = any(part in ("", ".", "..") for part in parts) or "\0" in key
+    if outside or "." in base or base.startswith("__"):
         raise ValueError(
-            f"key={key!r} must be a relative path without '..' whose last part has no dot: "
-            "WebDataset splits a member's name at the first dot"
+            f"key={key!r} must be a relative path without '..' whose last part has no dot and does "
+            "not begin with '__': readers split a member's name at the first dot and pass over "
+            "names such as __index__"
         )
     if not members:
         raise ValueError(f"key={key!r} has no members")

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from longtake.data import pack
 from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import encode_image
 from longtake.data.pack import pack_folder
 from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, Plan
 from longtake.data.reader import SampleReader
-from longtake.data.shards import ShardReader, Span
+from longtake.data.shards import ShardReader, ShardWriter, Span
 from tests.data.toy import toy_frames, toy_video
 
 
@@ -120,6 +121,46 @@ def test_keys_are_unique_and_fit_any_reader(tmp_path: Path) -> None:
     keys = report.catalogue.table.column("key").to_pylist()
     assert keys[:4] == ["a", "a_", "a_b", "sub_dir/a"] and len(set(keys)) == 5
     assert max(len(key) for key in keys) < 90
+
+
+def test_no_key_is_one_that_readers_pass_over(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = [
+        "__a.mp4",
+        "a.mp4",
+        "[[live]] b.mp4",
+        "🎬🎥c.mp4",
+        "🎬🎥.mp4",
+        "🎥🎬.mp4",
+        "_" * 99 + ".mp4",
+    ]
+    for name in names:
+        (folder / name).write_bytes(toy_video(0))
+    _captions(folder, [{"file": name, "caption": "c"} for name in names])
+    report = pack_folder(folder, tmp_path / "out", progress=False)
+    assert (report.packed, len(report.catalogue), report.skipped) == (len(names), len(names), [])
+    keys = report.catalogue.table.column("key").to_pylist()
+    assert keys[:6] == ["a", "a_", "live___b", "c", "clip", "clip_"]
+
+
+def test_a_clip_lost_on_the_way_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _folder(tmp_path / "in")
+    monkeypatch.setattr(pack, "_key", lambda name, used: used.update([name]) or "same")
+    monkeypatch.setattr(pack.ShardWriter, "write", _first_only)
+    with pytest.raises(RuntimeError, match="4 clips were packed, the catalogue knows of 1"):
+        pack_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+_write = ShardWriter.write
+
+
+def _first_only(self: ShardWriter, key: str, members: dict[str, bytes]) -> None:
+    if self._tar is None:
+        _write(self, key, members)
 
 
 def test_fields_of_a_line_are_kept(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_no_half_written_tar(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "/a", "../a", "a/../b", "a/", "a\0b"])
+@pytest.mark.parametrize("key", ["", "a.b", "/a", "../a", "a/../b", "a/", "a\0b", "__a", "b/__a"])
 def test_keys_that_readers_would_split_are_refused(tmp_path: Path, key: str) -> None:
     with ShardWriter(tmp_path) as writer, pytest.raises(ValueError, match="relative path"):
         writer.write(key, {"txt": b""})
