@@ -20,6 +20,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from longtake.data.containers import DecodeError, container_format
+
 DECODERS = ("auto", "pyav", "decord")
 VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "mov", "avi")
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -27,10 +29,6 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 # A frame is on display from its time until the next one's; a request this much early still gets it.
 _TIME_SLACK = 1e-3  # seconds: above rounding of float32 rates, below a frame at 240 fps
 _RESIZE = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-
-
-class DecodeError(ValueError):
-    """Bytes that cannot be read as the clip they claim to be; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -200,27 +198,10 @@ def _check_frames(frames: np.ndarray) -> tuple[int, int]:
     return frames.shape[1], frames.shape[2]
 
 
-def _container_format(data: bytes) -> str:
-    head = data[:16]
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
-        return "mov"
-    if head[:4] == b"\x1aE\xdf\xa3":
-        return "matroska"
-    if head[:4] == b"RIFF" and head[8:12] in (b"AVI ", b"WEBP"):
-        return "avi" if head[8:12] == b"AVI " else "webp_pipe"
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png_pipe"
-    if head[:3] == b"\xff\xd8\xff":
-        return "jpeg_pipe"
-    if not data:
-        raise DecodeError("empty file")
-    raise DecodeError("unknown container: neither mp4/mov, mkv/webm, avi, png, jpg nor webp")
-
-
 @contextmanager
 def _opened(data: bytes, limits: HeaderLimits) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream; every FFmpeg error inside becomes a DecodeError."""
-    name = _container_format(data)
+    name = container_format(data)
     try:
         with av.open(
             io.BytesIO(data),
@@ -301,10 +282,14 @@ def _decode_pyav(
         timeline = _timeline(container, stream, limits)
     wanted = timeline.pts[timeline.indices(times)]
     earlier = timeline.keyframes[timeline.keyframes <= wanted.min()]
+    # AVI stores no presentation times, and FFmpeg numbers its frames as they are decoded, which is
+    # wrong for B-frames: there the k-th frame that comes out has the k-th time.
+    in_order = timeline.pts if container_format(data) == "avi" else None
     # A seek may land behind an open group of pictures; then decode from the start.
+    seeks = [int(earlier[-1])] if len(earlier) > 1 and in_order is None else []
     found = {}
-    for seek in [*([int(earlier[-1])] if len(earlier) > 1 else []), None]:
-        found = _frames_at(data, set(wanted.tolist()), seek, size, limits)
+    for seek in [*seeks, None]:
+        found = _frames_at(data, set(wanted.tolist()), seek, size, limits, in_order)
         if len(found) == len(set(wanted.tolist())):
             break
     missing = [t for t, pts in zip(times, wanted.tolist(), strict=True) if pts not in found]
@@ -321,16 +306,22 @@ def _frames_at(
     seek: int | None,
     size: tuple[int, int] | None,
     limits: HeaderLimits,
+    in_order: np.ndarray | None = None,
 ) -> dict[int, np.ndarray]:
-    """Decoded RGB frames by their time stamps, as far as they can be decoded without a flaw."""
+    """Decoded RGB frames by their time stamps, as far as they can be decoded without a flaw.
+
+    `in_order` (N,) are the times of all frames, for files whose own time stamps are worthless.
+    """
     found: dict[int, np.ndarray] = {}
     height, width = size or (None, None)
     reformatter = VideoReformatter()
     with _opened(data, limits) as (container, stream):
         if seek is not None:
             container.seek(seek, stream=stream)
-        for frame in container.decode(stream):
+        for number, frame in enumerate(container.decode(stream)):
             time = frame.pts if frame.pts is not None else frame.dts
+            if in_order is not None:
+                time = int(in_order[number]) if number < len(in_order) else None
             if time is None:
                 time = 0
             if time in wanted and time not in found:
@@ -373,7 +364,8 @@ def _decode_decord(
         if len(reader) != len(timeline.pts):
             raise DecodeError(f"decord sees {len(reader)} of {len(timeline.pts)} frames")
         keyframes = np.searchsorted(timeline.pts, timeline.keyframes).tolist()
-        if list(reader.get_key_indices()) == keyframes:
+        seekable = container_format(data) != "avi"  # see _decode_pyav
+        if seekable and list(reader.get_key_indices()) == keyframes:
             return reader.get_batch(indices.tolist()).asnumpy()
         # It numbers keyframes in decoding order, so with open groups of pictures a seek lands on
         # a neighbour of the frame that was asked for: walk instead.

@@ -103,6 +103,16 @@ def test_variable_frame_rate_and_late_start() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("frames", [range(24), range(18, 24), range(13, 15)])
+def test_avi_with_b_frames_keeps_their_order(decoder: str, frames: range) -> None:
+    """AVI has no presentation times, and the ones that FFmpeg makes up follow decoding order."""
+    pts = list(range(24))
+    data = _mux(pts, Fraction(1, 30), "avi", g="12", bf="3", **{"b-pyramid": "none"})
+    times = [index / 30 for index in frames]
+    assert _numbers(decode_clip(data, times, decoder=decoder)) == list(frames)
+
+
 def test_every_start_works_with_open_groups_of_pictures() -> None:
     pts = list(range(50))
     data = _mux(pts, Fraction(1, 25), "mp4", bf="3", g="10", **{"x264-params": "open-gop=1"})
