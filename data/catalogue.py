@@ -41,6 +41,17 @@ class Catalogue:
     def __len__(self) -> int:
         return self.table.num_rows
 
+    def rejections(self, limit: int = 20) -> list[str]:
+        """Lines that say how many samples were rejected, and why the first `limit` of them were."""
+        if not self.rejected:
+            return []
+        lines = [f"rejected {len(self.rejected)}:"]
+        for entry in self.rejected[:limit]:
+            lines.append(f"  {entry['shard']}: {entry['key']}: {entry['reason']}")
+        if len(self.rejected) > limit:
+            lines.append(f"  and {len(self.rejected) - limit} more, see {MANIFEST}")
+        return lines
+
     def filter(self, where: str) -> "FilterReport":
         """Keep the rows for which an SQL expression over the columns holds.
 

@@ -12,12 +12,14 @@ from safetensors import SafetensorError, deserialize
 from longtake.data.decode import DecodeError, probe
 from longtake.data.samples import (
     LATENT_EXTENSION,
+    MAX_NUMBER,
+    NoCaptionError,
     SampleError,
     SampleMeta,
     parse_meta,
     pick_members,
 )
-from longtake.data.shards import SampleEntry, ShardReader, scan_shard
+from longtake.data.shards import SampleEntry, ShardReader, Span, scan_shard
 
 SCHEMA_VERSION = 1
 
@@ -101,10 +103,9 @@ def index_shard(path: Path, dataset: str) -> ShardIndex:
 
 
 def _row(entry: SampleEntry, path: Path, dataset: str, reader: ShardReader) -> dict[str, Any]:
-    ext, meta_ext = pick_members(entry.members)
-    payload_span, meta_span = entry.members[ext], entry.members[meta_ext]
-    meta_bytes = reader.read(path, meta_span)
-    meta = parse_meta(meta_ext, meta_bytes)
+    spelled, metas = pick_members(entry.members)
+    ext, payload_span = spelled.lower(), entry.members[spelled]
+    meta_ext, meta_span, meta_bytes, meta = _read_meta(entry, metas, path, reader)
     payload = reader.read(path, payload_span)
     return {
         "sample_id": name_hash(dataset, entry.key),
@@ -126,6 +127,23 @@ def _row(entry: SampleEntry, path: Path, dataset: str, reader: ShardReader) -> d
         "scores": [(name, score) for name, score in meta.scores().items()],
         **(_latent_facts(payload, meta) if ext == LATENT_EXTENSION else _video_facts(payload)),
     }
+
+
+def _read_meta(
+    entry: SampleEntry, metas: list[str], path: Path, reader: ShardReader
+) -> tuple[str, Span, bytes, SampleMeta]:
+    """The json, or the txt where the json has no captions: (ext, span, bytes, meaning)."""
+    fields: dict[str, Any] = {}
+    for spelled in metas:
+        ext, span = spelled.lower(), entry.members[spelled]
+        data = reader.read(path, span)
+        try:
+            meta = parse_meta(ext, data)
+        except NoCaptionError as error:
+            fields = error.fields
+            continue
+        return ext, span, data, SampleMeta(meta.captions, meta.fields or fields)
+    raise NoCaptionError(fields)
 
 
 def _video_facts(payload: bytes) -> dict[str, Any]:
@@ -154,6 +172,8 @@ def _latent_facts(payload: bytes, meta: SampleMeta) -> dict[str, Any]:
         raise SampleError("the safetensors file holds no tensor 'latents' of shape (C, T, H, W)")
     frames, fps = int(meta.number("frames")), meta.number("fps")
     _, lt, lh, lw = shapes["latents"]
+    if max(lt, lh, lw) > MAX_NUMBER:
+        raise SampleError(f"latents of shape {tuple(shapes['latents'])} are beyond all use")
     return {
         "frames": frames,
         "fps": fps,

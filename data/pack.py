@@ -22,7 +22,7 @@ from longtake.data.decode import (
     probe,
 )
 from longtake.data.randomness import derive_seed, uniform
-from longtake.data.samples import SampleError, parse_meta
+from longtake.data.samples import SampleError, check_text, parse_meta
 from longtake.data.shards import ShardWriter
 
 CAPTIONS = "captions.jsonl"
@@ -39,12 +39,13 @@ class PackReport:
     skipped: list[tuple[str, str]]
 
     def summary(self) -> str:
-        """Counts and every skip, for printing."""
+        """Counts and every skip, for printing; names that are not UTF-8 are escaped."""
         lines = [f"packed {self.packed} clips into {self.catalogue.root}"]
         if self.skipped:
             lines.append(f"skipped {len(self.skipped)}:")
             lines += [f"  {file}: {reason}" for file, reason in self.skipped]
-        return "\n".join(lines)
+        lines += self.catalogue.rejections()
+        return "\n".join(lines).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def pack_folder(
@@ -131,13 +132,14 @@ def _numbered(lines: list[bytes]) -> Iterator[tuple[str, bytes]]:
 
 def _parse_line(line: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise SampleError("caption is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise SampleError(f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise SampleError("is not a JSON object")
+    check_text(fields)
     return fields
 
 

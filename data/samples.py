@@ -12,10 +12,19 @@ LATENT_EXTENSION = "safetensors"
 PAYLOAD_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS, LATENT_EXTENSION)
 META_EXTENSIONS = ("json", "txt")
 MAX_CAPTION_CHARS = 20_000
+MAX_NUMBER = 1e9  # of frames, pixels and the like: what the catalogue's int32 columns hold
 
 
 class SampleError(ValueError):
     """A sample that cannot be used; the message is the reason."""
+
+
+class NoCaptionError(SampleError):
+    """A sample whose json is in order but says nothing of captions; `fields` is what it says."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__("caption missing")
+        self.fields = fields
 
 
 @dataclass(frozen=True)
@@ -40,55 +49,64 @@ class SampleMeta:
         """A finite number that must be there.
 
         Raises:
-            SampleError: it is absent or no number.
+            SampleError: it is absent, no number, or beyond all use (over MAX_NUMBER).
         """
         value = self.fields.get(name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise SampleError(f"{name} in the json is {value!r}, not a number")
+        if not abs(value) <= MAX_NUMBER:  # NaN fails too
+            raise SampleError(f"{name} in the json is not a number within {MAX_NUMBER:.0e}")
         return value
 
     def scores(self) -> dict[str, float]:
-        """Numeric quality scores by name."""
+        """Numeric quality scores by name; NaN and infinity, and what is no number, are left out.
+
+        Raises:
+            SampleError: no mapping, or an integer beyond the range of floats.
+        """
         scores = self.fields.get("scores") or {}
         if not isinstance(scores, dict):
             raise SampleError("scores in the json is not a mapping of names to numbers")
-        return {
-            str(name): float(value)
-            for name, value in scores.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        }
+        try:
+            return {
+                str(name): float(value)
+                for name, value in scores.items()
+                if isinstance(value, int | float) and math.isfinite(value)
+            }
+        except OverflowError:
+            raise SampleError(
+                "scores in the json holds a number beyond the range of floats"
+            ) from None
 
 
-def pick_members(extensions: Iterable[str]) -> tuple[str, str]:
-    """The payload's and the captions' extension among a sample's members.
+def pick_members(extensions: Iterable[str]) -> tuple[str, list[str]]:
+    """The payload's extension and those of the captions (json first), as the shard spells them.
 
     Raises:
         SampleError: one is missing, or there are several payloads.
     """
-    present = set(extensions)
-    payloads = [ext for ext in PAYLOAD_EXTENSIONS if ext in present]
+    spelled = sorted(extensions)
+    payloads = [ext for ext in spelled if ext.lower() in PAYLOAD_EXTENSIONS]
     if not payloads:
         raise SampleError("no video, image or latents")
     if len(payloads) > 1:
         raise SampleError(f"several payloads: {', '.join(payloads)}")
-    for ext in META_EXTENSIONS:
-        if ext in present:
-            return payloads[0], ext
-    raise SampleError("caption missing: neither json nor txt")
+    metas = [ext for kind in META_EXTENSIONS for ext in spelled if ext.lower() == kind]
+    if not metas:
+        raise SampleError("caption missing: neither json nor txt")
+    return payloads[0], metas
 
 
 def parse_meta(ext: str, data: bytes) -> SampleMeta:
     """Captions and facts from key.json or key.txt.
 
+    A byte order mark is passed over, and an integer source_id becomes a string.
+
     Raises:
         SampleError: not UTF-8, not JSON; a caption is missing, empty or over 20 000 characters.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SampleError(f"caption is not UTF-8: byte {error.start} of the {ext}") from None
     if ext == "txt":
@@ -99,10 +117,28 @@ def parse_meta(ext: str, data: bytes) -> SampleMeta:
         raise SampleError(f"the json cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise SampleError("the json is not an object")
+    if isinstance(fields.get("source_id"), int) and not isinstance(fields["source_id"], bool):
+        fields["source_id"] = str(fields["source_id"])
     captions = fields.get("captions")
     if captions is None and "caption" in fields:  # video2dataset, img2dataset
         captions = {"dense": fields["caption"], "short": fields["caption"]}
-    return SampleMeta(_check_captions(captions), fields)
+    meta = SampleMeta(_check_captions(captions) if captions else {}, fields)
+    check_text(fields)
+    if not captions:
+        raise NoCaptionError(fields)
+    return meta
+
+
+def check_text(fields: dict[str, Any]) -> None:
+    """Raises:
+    SampleError: a string somewhere in the json holds half of a surrogate pair.
+    """
+    try:
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise SampleError("the json is not UTF-8: it holds half a character") from None
+    except RecursionError:
+        raise SampleError("the json is nested too deeply") from None
 
 
 def _check_captions(captions: object) -> dict[str, str]:

@@ -88,6 +88,8 @@ def run_index(args: argparse.Namespace) -> int:
         args.shards, out=args.out, dataset=args.dataset, num_workers=args.workers, progress=True
     )
     print(f"{args.shards}: {len(catalogue.table)} samples, dataset {catalogue.dataset}")
+    for line in catalogue.rejections():
+        print(line)
     return 0
 
 

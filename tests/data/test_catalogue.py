@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from longtake.data.catalogue import build_catalogue, load_catalogue
 from longtake.data.catalogue_filters import split_clauses
 from longtake.data.decode import encode_image
+from longtake.data.indexing import name_hash
+from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, ValPlan
+from longtake.data.reader import SampleReader
 from tests.data.toy import toy_dataset, toy_frames, toy_meta, toy_video, write_shards
 
 
@@ -38,6 +43,9 @@ def test_rows_say_what_the_shards_hold(tmp_path: Path) -> None:
 
 def test_unusable_samples_are_listed_with_their_reasons(tmp_path: Path) -> None:
     video = toy_video(0)
+    latents = save({"latents": torch.zeros(4, 3, 4, 4)})
+    flat = save({"latents": torch.zeros(0, 1, 1, 99999999999)})
+    size = {"height": 32, "width": 32, "fps": 8}
     samples = [
         ("good", {"mp4": video, "json": toy_meta(0)}),
         ("truncated", {"mp4": video[: len(video) // 2], "json": toy_meta(0)}),
@@ -52,6 +60,14 @@ def test_unusable_samples_are_listed_with_their_reasons(tmp_path: Path) -> None:
         ("huge", {"mp4": video, "txt": b"x" * 1_000_000}),
         ("novideo", {"json": toy_meta(0), "wav": b"1"}),
         ("two", {"mp4": video, "mkv": video, "json": toy_meta(0)}),
+        ("score", {"mp4": video, "json": toy_meta(0, scores={"a": 10**400})}),
+        ("source", {"mp4": video, "json": toy_meta(0, source_id="\ud800")}),
+        ("split", {"mp4": video, "json": toy_meta(0, split="\ud800")}),
+        ("kind", {"mp4": video, "json": b'{"captions": {"\\ud800": "x"}}'}),
+        ("truth", {"mp4": video, "json": toy_meta(0, truth={"a": ["\ud800"]})}),
+        ("frames", {"safetensors": latents, "json": toy_meta(0, frames=99999999999, **size)}),
+        ("rate", {"safetensors": latents, "json": toy_meta(0, frames=10**400, **size)}),
+        ("shape", {"safetensors": flat, "json": toy_meta(0, frames=9, **size)}),
         ("playlist", {"mp4": b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", "json": toy_meta(0)}),
     ]
     catalogue = build_catalogue(write_shards(tmp_path, samples, 100), progress=False)
@@ -71,9 +87,46 @@ def test_unusable_samples_are_listed_with_their_reasons(tmp_path: Path) -> None:
         "huge": "1000000 characters",
         "novideo": "no video",
         "two": "several payloads",
+        "score": "beyond the range",
+        "source": "half a character",
+        "split": "half a character",
+        "kind": "half a character",
+        "truth": "half a character",
+        "frames": "not a number within",
+        "rate": "not a number within",
+        "shape": "beyond all use",
         "playlist": "unknown container",
     }.items():
         assert part in reasons[key], (key, reasons[key])
+
+
+def test_shards_of_other_tools_are_read(tmp_path: Path) -> None:
+    video, mark = toy_video(0), b"\xef\xbb\xbf"
+    samples = [
+        ("upper", {"MP4": video, "TXT": b"a cat"}),
+        ("marked", {"mp4": video, "txt": mark + b"a cat"}),
+        ("markedjson", {"mp4": video, "json": mark + b'{"caption": "a cat", "source_id": 17}'}),
+        ("both", {"mp4": video, "json": b'{"url": "u", "licence": "CC0"}', "txt": b"a cat"}),
+        ("neither", {"mp4": video, "json": b'{"url": "u"}', "txt": b" "}),
+        ("twice", {"mp4": video, "MP4": video, "txt": b"a cat"}),
+    ]
+    catalogue = build_catalogue(write_shards(tmp_path, samples), dataset="d", progress=False)
+    rows = catalogue.table.to_pylist()
+    assert [row["key"] for row in rows] == ["upper", "marked", "markedjson", "both"]
+    assert all(dict(row["caption_chars"]) == {"dense": 5, "short": 5} for row in rows)
+    assert (rows[0]["ext"], rows[0]["meta_ext"]) == ("mp4", "txt")
+    assert rows[2]["source_id"] == name_hash("d", "17")
+    assert (rows[3]["meta_ext"], rows[3]["licence"]) == ("txt", "CC0")
+    config = DataConfig(
+        val=[DatasetConfig(str(tmp_path), captions={"short": 1.0})],
+        buckets=[BucketConfig(9, 32, 32, 4)],
+    )
+    plan = ValPlan([catalogue], config, 0, 4)
+    reader = SampleReader(plan.catalogues, config)
+    for sample in plan.micro_batches(0, 1)[0].samples:
+        assert reader.read(sample).caption == "a cat"
+    lines = catalogue.rejections(limit=1)
+    assert lines[0] == "rejected 2:" and "neither" in lines[1] and "1 more" in lines[2]
 
 
 def test_any_number_of_workers_gives_the_same_catalogue(tmp_path: Path) -> None:

@@ -123,6 +123,25 @@ def test_keys_are_unique_and_fit_any_reader(tmp_path: Path) -> None:
     assert max(len(key) for key in keys) < 90
 
 
+def test_hostile_lines_and_names_are_counted_skips(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    lines = _folder(folder, 5)
+    (folder / os.fsdecode(b"caf\xe9.mp4")).write_bytes(toy_video(0))
+    lines[0] |= {"scores": {"a": 10**400}}  # type: ignore[dict-item]
+    lines[1] |= {"source_id": "\ud800"}
+    lines[2] |= {"source_id": 17}  # type: ignore[dict-item]
+    _captions(folder, [*lines, {"file": "\ud800.mp4", "caption": "c"}])
+    text = (folder / "captions.jsonl").read_bytes()
+    (folder / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + text)
+    report = pack_folder(folder, tmp_path / "out", progress=False)
+    assert report.packed == len(report.catalogue) == 3
+    reasons = dict(report.skipped)
+    assert "beyond the range" in reasons["clip 0.v1.mp4"] and len(reasons) == 5
+    assert "half a character" in reasons["line 2"] and "half a character" in reasons["line 6"]
+    report.summary().encode()
+    assert "caf\\udce9.mp4: no line" in report.summary()
+
+
 def test_no_key_is_one_that_readers_pass_over(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
