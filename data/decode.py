@@ -20,7 +20,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from longtake.data.containers import DecodeError, container_format
+from longtake.data.containers import (
+    DecodeError,
+    check_jpeg,
+    container_format,
+    count_left_out,
+)
 
 DECODERS = ("auto", "pyav", "decord")
 VIDEO_EXTENSIONS = ("mp4", "mkv", "webm", "mov", "avi")
@@ -85,7 +90,7 @@ def probe(data: bytes, *, limits: HeaderLimits | None = None) -> VideoInfo:
     """
     limits = limits or HeaderLimits()
     with _opened(data, limits) as (container, stream):
-        timeline = _timeline(container, stream, limits)
+        timeline = _timeline(data, container, stream, limits)
         context = stream.codec_context
         is_image = container.format.name.endswith("_pipe")
         duration = 0.0 if is_image else (timeline.end - timeline.pts[0]) * timeline.time_base
@@ -202,6 +207,8 @@ def _check_frames(frames: np.ndarray) -> tuple[int, int]:
 def _opened(data: bytes, limits: HeaderLimits) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best video stream; every FFmpeg error inside becomes a DecodeError."""
     name = container_format(data)
+    if name == "jpeg_pipe":
+        check_jpeg(data)
     try:
         with av.open(
             io.BytesIO(data),
@@ -229,7 +236,9 @@ def _opened(data: bytes, limits: HeaderLimits) -> Iterator[tuple[InputContainer,
         raise DecodeError(f"damaged or truncated: {reason}") from error
 
 
-def _timeline(container: InputContainer, stream: VideoStream, limits: HeaderLimits) -> _Timeline:
+def _timeline(
+    data: bytes, container: InputContainer, stream: VideoStream, limits: HeaderLimits
+) -> _Timeline:
     """Reads all packets (no decoding), which also shows whether the file is whole."""
     pts, keyframes, end, packets = [], [], 0, 0
     counts_frames = stream.frames > 0
@@ -256,7 +265,8 @@ def _timeline(container: InputContainer, stream: VideoStream, limits: HeaderLimi
                 keyframes.append(time)
     if not pts:
         raise DecodeError("no frames")
-    if packets < stream.frames:
+    missing = stream.frames - packets
+    if missing > 0 and missing > count_left_out(data, container_format(data), stream.index):
         raise DecodeError(f"truncated: {packets} of {stream.frames} frames")
     claimed = (container.duration or 0) / 1e6  # AV_TIME_BASE
     if not counts_frames and claimed > 0 and longest < 0.99 * claimed - 0.1:
@@ -279,7 +289,7 @@ def _decode_pyav(
     data: bytes, times: Sequence[float], size: tuple[int, int] | None, limits: HeaderLimits
 ) -> np.ndarray:
     with _opened(data, limits) as (container, stream):
-        timeline = _timeline(container, stream, limits)
+        timeline = _timeline(data, container, stream, limits)
     wanted = timeline.pts[timeline.indices(times)]
     earlier = timeline.keyframes[timeline.keyframes <= wanted.min()]
     # AVI stores no presentation times, and FFmpeg numbers its frames as they are decoded, which is
@@ -354,7 +364,7 @@ def _decode_decord(
             "install it or choose data.decoder=auto"
         ) from error
     with _opened(data, limits) as (container, stream):
-        timeline = _timeline(container, stream, limits)  # decord does not notice truncation
+        timeline = _timeline(data, container, stream, limits)  # decord does not notice truncation
     indices = timeline.indices(times)
     height, width = size or (-1, -1)
     try:

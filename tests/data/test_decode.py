@@ -3,10 +3,12 @@ import struct
 import zlib
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from longtake.data.decode import (
     DecodeError,
@@ -107,10 +109,77 @@ def test_variable_frame_rate_and_late_start() -> None:
 @pytest.mark.parametrize("frames", [range(24), range(18, 24), range(13, 15)])
 def test_avi_with_b_frames_keeps_their_order(decoder: str, frames: range) -> None:
     """AVI has no presentation times, and the ones that FFmpeg makes up follow decoding order."""
-    pts = list(range(24))
-    data = _mux(pts, Fraction(1, 30), "avi", g="12", bf="3", **{"b-pyramid": "none"})
-    times = [index / 30 for index in frames]
+    data = _avi(list(range(24)), "libx264", 3)
+    times = [index / 24 for index in frames]
     assert _numbers(decode_clip(data, times, decoder=decoder)) == list(frames)
+
+
+def _avi(pts: list[int], codec: Literal["libx264", "mpeg4"], b_frames: int) -> bytes:
+    """Numbered frames at 24 fps; gaps in `pts` become dropped frames, chunks of no bytes."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="avi") as container:
+        options = {"g": "12", "bf": str(b_frames), "b-pyramid": "none"}
+        if codec == "mpeg4":
+            options = {"g": "12", "flags": "+qscale", "global_quality": "118"}
+        stream = container.add_stream(codec, rate=24, options=options)
+        stream.width = stream.height = 32
+        stream.pix_fmt, stream.max_b_frames = "yuv420p", b_frames
+        for time, array in zip(pts, _numbered(len(pts)), strict=True):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = time, Fraction(1, 24)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def test_dropped_frames_of_an_avi_are_no_truncation() -> None:
+    data = _avi([*range(12), *range(24, 36)], "mpeg4", 0)
+    assert (probe(data).frames, probe(data).duration) == (24, 1.5)
+    shown = _numbers(decode_clip(data, [i / 24 for i in range(36)]))
+    assert shown == [*range(12), *[11] * 12, *range(12, 24)]
+    for share in (0.3, 0.6, 0.9, 0.99):
+        with pytest.raises(DecodeError):
+            probe(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("options", [{"movflags": "+faststart"}, {}])
+def test_an_edit_list_may_end_early_but_no_file_may(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=24, options={"g": "6", "bf": "2"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for array in np.random.default_rng(0).integers(0, 255, (24, 32, 32, 3), dtype=np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    whole = decode_clip(bytes(data), [i / 24 for i in range(12)])
+    at = data.index(b"elst") + 12
+    (length,) = struct.unpack(">I", data[at : at + 4])
+    data[at : at + 4] = struct.pack(">I", length // 2)
+    info = probe(bytes(data))
+    assert 12 <= info.frames < 24
+    assert np.array_equal(decode_clip(bytes(data), [i / 24 for i in range(12)]), whole)
+    start = data.index(b"mdat") - 4
+    (size,) = struct.unpack(">I", data[start : start + 4])
+    for cut in [*range(start, start + size, size // 40), start + 4, start + 7, start + size - 1]:
+        with pytest.raises(DecodeError):
+            probe(bytes(data[:cut]))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_cut_jpeg_is_an_error(progressive: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    picture.save(buffer, "JPEG", progressive=progressive, exif=b"Exif\0\0thumb\xff\xd9nail")
+    data = buffer.getvalue()
+    assert decode_clip(data, [0.0]).shape == (1, 64, 64, 3)
+    assert probe(data + b"\xff\xda trailing").width == 64
+    for size in range(3, len(data) - 1, len(data) // 50):
+        with pytest.raises(DecodeError, match="truncated"):
+            probe(data[:size])
 
 
 def test_every_start_works_with_open_groups_of_pictures() -> None:
