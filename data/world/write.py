@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longtake.data.catalogue import build_catalogue
+from longtake.data.catalogue import build_catalogue, load_catalogue
 from longtake.data.decode import decode_clip, encode_image, encode_video
 from longtake.data.shards import ShardWriter
 from longtake.data.world.clips import WorldClip, check_request, make_clip
@@ -98,9 +98,18 @@ def write_world(
         task = bar.add_task(f"world {split}", total=num_clips, completed=kept)
         for done in _write_shards(out, request, missing, num_workers):
             bar.advance(task, done)
-    if missing or not (out / "catalogue").exists():
+    if missing or not _is_indexed(out):
         build_catalogue(out, num_workers=num_workers, progress=progress)
     return WorldReport(num_clips, num_shards, len(missing), time.monotonic() - started)
+
+
+def _is_indexed(out: Path) -> bool:
+    """False after a call that was killed between its last shard and the catalogue."""
+    try:
+        load_catalogue(out)
+    except ValueError:
+        return False
+    return True
 
 
 def _bar(progress: bool) -> Progress:

@@ -10,7 +10,7 @@ import pytest
 from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import decode_clip, encode_video
 from longtake.data.shards import ShardReader, list_shards, scan_shard
-from longtake.data.world import FAMILIES, contact_sheet, make_clip, write_world
+from longtake.data.world import FAMILIES, contact_sheet, make_clip, write, write_world
 from longtake.data.world.captions import MAX_DENSE, MAX_SHORT
 from longtake.data.world.families.registry import is_held_out
 from longtake.data.world.render import coverage, render
@@ -308,6 +308,23 @@ def test_a_stopped_run_goes_on_by_shard(tmp_path: Path) -> None:
     assert write_world(tmp_path, **arguments).new_shards == 0
     with pytest.raises(ValueError, match=r"seed=1 \(was 0\)"):
         write_world(tmp_path, **{**arguments, "seed": 1})
+
+
+def test_a_run_killed_before_its_catalogue_heals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"num_clips": 4, "num_workers": 1, "progress": False, **SMALL}
+    write_world(tmp_path, **arguments)
+
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write, "build_catalogue", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_world(tmp_path, split="val", **arguments)
+    assert write_world(tmp_path, split="val", **arguments).new_shards == 0
+    assert len(load_catalogue(tmp_path)) == 8
 
 
 def test_shards_carry_frames_captions_and_truth(tmp_path: Path) -> None:
