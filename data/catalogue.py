@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,6 +138,24 @@ def load_catalogue(path: Path | str, catalogue: Path | str | None = None) -> Cat
         fingerprint=manifest["fingerprint"],
         rejected=tuple(manifest["rejected"]),
     )
+
+
+def refuse_equal_names(catalogues: Iterable[Catalogue]) -> None:
+    """Sample ids derive from the dataset's name: two folders of one name would share ids, and so
+    random draws and exclusions. One folder may be listed several times.
+
+    Raises:
+        ValueError: two folders have one name.
+    """
+    roots: dict[str, Path] = {}
+    for catalogue in catalogues:
+        root = roots.setdefault(catalogue.dataset, catalogue.root)
+        if root.resolve() != catalogue.root.resolve():
+            raise ValueError(
+                f"{root} and {catalogue.root} are both named {catalogue.dataset!r}, so their "
+                "samples would share ids; give one another name: "
+                f"`longtake index {catalogue.root} --dataset NAME`"
+            )
 
 
 def _index_all(

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from longtake.data.buckets import Eligible, assign_buckets
-from longtake.data.catalogue import Catalogue, column, load_catalogue
+from longtake.data.catalogue import Catalogue, column, load_catalogue, refuse_equal_names
 from longtake.data.lanes import Lanes, Place, interleave
 from longtake.data.plan_config import (
     BucketConfig,
@@ -76,6 +76,7 @@ class _Samples:
         check_data_config(config)
         if not datasets:
             raise ValueError("data.train and data.val must each name at least one dataset")
+        refuse_equal_names(catalogues)
         self.config, self.seed = config, seed
         self.eligible = [
             assign_buckets(catalogue, dataset, config)
@@ -307,8 +308,9 @@ class Plan(_Samples):
 
 
 class ValPlan(_Samples):
-    """A fixed pass over the first `num_samples` samples of `config.val`, bucket by bucket.
+    """A fixed pass over `num_samples` samples of `config.val`, bucket by bucket.
 
+    They are the first ones of each bucket of each dataset, dealt in turn, so that none goes unseen.
     Crops and windows are central and seeds constant, so that passes compare.
     """
 
@@ -328,11 +330,7 @@ class ValPlan(_Samples):
         """This rank's share. All ranks get equally many batches of the same shapes in the same
         order; a rank without one repeats the bucket's first with counted=False.
         """
-        rows = [
-            (dataset, int(row))
-            for dataset, eligible in enumerate(self.eligible)
-            for row in np.flatnonzero(eligible.bucket >= 0)[: self.num_samples]
-        ][: self.num_samples]
+        rows = self._dealt_rows()
         batches: list[MicroBatch] = []
         for bucket, shape in enumerate(self.config.buckets):
             samples = [
@@ -349,6 +347,17 @@ class ValPlan(_Samples):
                 cost = self._cost(bucket, len(group))
                 batches.append(MicroBatch(len(batches), rank, group, cost, counted))
         return batches
+
+    def _dealt_rows(self) -> list[tuple[int, int]]:
+        """(dataset, row) of the samples of a pass, in the order of datasets and rows."""
+        dealt = [
+            (turn, dataset, bucket, int(row))
+            for dataset, eligible in enumerate(self.eligible)
+            for bucket in range(len(self.config.buckets))
+            for turn, row in enumerate(np.flatnonzero(eligible.bucket == bucket))
+        ]
+        taken = sorted(dealt)[: self.num_samples]
+        return sorted((dataset, row) for _, dataset, _, row in taken)
 
     def _val_sample(self, dataset: int, row: int, bucket: int) -> PlannedSample:
         sample_id = int(self._columns[dataset]["sample_id"][row])

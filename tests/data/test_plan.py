@@ -1,6 +1,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,7 +347,9 @@ def test_validation_is_a_fixed_pass_divided_over_ranks() -> None:
     )
     plan = ValPlan([catalogue], config, 0, 60)
     whole = plan.micro_batches(0, 1)
-    assert sorted(s.row for s in _samples(whole)) == list(range(60))
+    assert sorted(s.row for s in _samples(whole)) == sorted(
+        row for bucket in (0, 1) for row in np.flatnonzero(plan.eligible[0].bucket == bucket)[:30]
+    )
     for world in (2, 3, 5):
         ranks = [plan.micro_batches(rank, world) for rank in range(world)]
         assert len({len(batches) for batches in ranks}) == 1, "ranks must stay in step"
@@ -358,3 +361,34 @@ def test_validation_is_a_fixed_pass_divided_over_ranks() -> None:
             assert len({b.samples[0].shape for b in round_of}) == 1
     with pytest.raises(ValueError, match="at least one dataset"):
         ValPlan([], _config([BucketConfig(17, 32, 32, 4)], 2), 0, 8)
+
+
+def test_validation_sees_every_dataset_and_bucket() -> None:
+    small, large = (
+        synthetic_catalogue([40], [shape], dataset=name)
+        for name, shape in (("small", (1, 32, 32)), ("large", (17, 32, 32)))
+    )
+    config = replace(
+        _config([BucketConfig(17, 32, 32, 4), BucketConfig(1, 32, 32, 8)], 2),
+        val=[DatasetConfig("nowhere")] * 2,
+    )
+    seen = _samples(ValPlan([small, large], config, 0, 9).micro_batches(0, 1))
+    assert sorted((s.dataset, s.row) for s in seen) == [
+        *((0, row) for row in range(5)),
+        *((1, row) for row in range(4)),
+    ]
+    everything = ValPlan([small], replace(config, val=config.val[:1]), 0, 40).micro_batches(0, 1)
+    assert [s.row for s in _samples(everything)] == list(range(40))
+
+
+def test_two_folders_of_one_name_are_refused() -> None:
+    """Their sample ids would be equal."""
+    one, two = (
+        replace(synthetic_catalogue([40], SHAPES[:1]), root=Path(name) / "train")
+        for name in ("wa", "wb")
+    )
+    config = _config([BucketConfig(17, 32, 32, 2)], 2, weights=(1.0, 1.0))
+    with pytest.raises(ValueError, match="longtake index wb/train --dataset") as caught:
+        Plan([one, two], config, 0)
+    assert "wa/train and wb/train are both named 'toy'" in str(caught.value)
+    assert len(Plan([one, one], config, 0).step(0)) == 2
