@@ -66,7 +66,7 @@ def test_two_ranks_learn_colour_through_a_kill(tmp_path: Path) -> None:
 
     validation = losses(run, "val/loss_ema")
     assert validation[STEPS] < 0.6 * validation[0]
-    options = EvaluateOptions(num_prompts=64, num_shown=0, steps=8)
+    options = EvaluateOptions(num_prompts=64, num_shown=0)
     card = evaluate_run(run, shards / "val", options, device="cpu").card
     (colour,) = [score for score in card.scores if score.name == "colour"]
     assert colour.score >= 0.75, f"colour {colour.score:.2f} ({colour.low:.2f}..{colour.high:.2f})"
