@@ -4,6 +4,7 @@ A sample that cannot be read (damaged, changed since indexing, caption unreadabl
 place by the plan's rule and reported in Batch.excluded; the next ones are not shifted.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,6 +148,7 @@ class Loader:
             num_workers=workers,
             collate_fn=_as_is,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_parent,
             prefetch_factor=plan.config.prefetch_factor if workers else None,
         )
 
@@ -170,6 +172,12 @@ class _Positions:
             for slot in self.slots:
                 yield step, slot
             step += 1
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """A scheduler signals every process; the training one finishes its step and needs its data."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(packed: _Packed) -> _Packed:

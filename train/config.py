@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from longtake.data.plan_config import check_data_config
 from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, require
@@ -53,7 +55,12 @@ def load_config(path: Path) -> VAERun | DiTRun:
     """The config.yaml of a run folder; ValueError when it is missing or no longer valid."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the folder of a run, it holds config.yaml")
-    return parse_config(OmegaConf.load(path))
+    try:
+        return parse_config(OmegaConf.load(path))
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"{path}: {_first_line(error)} (resume=force goes on without reading it)"
+        ) from error
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -94,7 +101,8 @@ def _locate(tree: dict[str, Any]) -> None:
     What is no folder here (a hub id, a mistake) stays as it is.
     """
     data = tree.get("data")
-    sets = [*(data.get("train") or []), *(data.get("val") or [])] if isinstance(data, dict) else []
+    named = [data.get("train"), data.get("val")] if isinstance(data, dict) else []
+    sets = [dataset for listed in named if isinstance(listed, list) for dataset in listed]
     for section, keys in [(tree, ("vae_run",)), (tree.get("text"), ("path",))] + [
         (dataset, ("path", "catalogue")) for dataset in sets
     ]:
@@ -175,6 +183,13 @@ def _build(cls: type, tree: Any, path: str) -> Any:
         where, value = _join(path, key), tree[key]
         if inner is None:
             continue
+        is_list = typing.get_origin(hints[key]) is list
+        may_miss = type(None) in typing.get_args(hints[key])
+        require(
+            isinstance(value, list if is_list else dict) or (value is None and may_miss),
+            f"{where}={'null' if value is None else value} must be a "
+            f"{'list' if is_list else 'mapping'}",
+        )
         if isinstance(value, list):
             values[key] = [_build(inner, v, f"{where}.{i}") for i, v in enumerate(value)]
         else:
@@ -222,6 +237,8 @@ def _typed_leaves(hints: dict[str, Any], leaves: dict[str, Any], path: str) -> d
     for key, hint in literals.items():
         choice(_join(path, key), values[key], typing.get_args(hint))
     for key, value in values.items():
+        finite = all(math.isfinite(leaf) for leaf in _flat(value).values() if type(leaf) is float)
+        require(finite, f"{_join(path, key)}={value} must be finite")
         if typing.get_origin(hints[key]) is tuple and value is not None:
             sizes = typing.get_args(hints[key])
             holds = Ellipsis in sizes or len(value) == len(sizes)

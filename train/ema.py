@@ -51,12 +51,13 @@ class Ema:
 
     @contextmanager
     def swapped(self, engine: Engine) -> Iterator[None]:
-        """Within it the module computes with the mean; all ranks enter and leave together."""
+        """Within it the module computes with the mean; all ranks enter and leave together.
+
+        An error leaves the mean in place: swapping back is a collective that nobody would join.
+        """
         self.exchange(engine)
-        try:
-            yield
-        finally:
-            self.exchange(engine)
+        yield
+        self.exchange(engine)
 
     @torch.no_grad()
     def exchange(self, engine: Engine) -> None:

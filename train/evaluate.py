@@ -24,6 +24,7 @@ from longtake.data.world.scorers import score_clip
 from longtake.train.card import Card, ClipScores, build_card, write_card
 from longtake.train.codec import Codec, load_codec
 from longtake.train.playback import Footage, read_footage, to_frames, to_pixels
+from longtake.train.run_folder import check_replaceable
 from longtake.train.runs import load_dit, pick_device
 from longtake.train.sample import Painter, check_task, noise_for, sampler_of
 from longtake.train.schema import DiTRun
@@ -93,6 +94,7 @@ def evaluate_run(
     split = rows[0]["split"] or "all"
     name = f"{split}-{options.task}-{weights}"
     folder = out or run.place.folder / "evaluation" / name
+    check_replaceable(folder, CARD)
     shown = first_of_each(rows, options.num_shown)
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     (scratch / "videos").mkdir(parents=True)

@@ -21,7 +21,7 @@ from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
 from longtake.train.export_card import model_card
-from longtake.train.run_folder import CONFIG
+from longtake.train.run_folder import CONFIG, check_replaceable
 from longtake.train.runs import LoadedDiT, load_dit
 from longtake.train.sample import Painter, noise_for, sampler_of
 from longtake.train.schema import DiTRun
@@ -65,6 +65,7 @@ def export_run(
     """
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists; choose another folder or give --overwrite")
+    check_replaceable(out, "model_index.json")
     run = load_dit(path, weights)
     check_exportable(run.config)
     codec = load_codec(run.config, folder=run.place.folder, vae=vae)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import FrameType
 from longtake.data.plan import Exclusion
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_SECONDS = 5.0
 # Below this many samples a fraction says little: a few bad clips at the start must not stop a run.
 MIN_SEEN = 200
 
@@ -37,16 +39,22 @@ def die_with_parent() -> None:
 
 
 class StopSignal:
-    """Remembers that the run was asked to stop; a second signal aborts at once with exit code 1."""
+    """Remembers that the run was asked to stop; asked again later, it aborts with exit code 1.
+
+    A scheduler signals all processes and torchrun hands its own on: what comes within ECHO_SECONDS
+    of the first is the same request.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > ECHO_SECONDS:
             os._exit(1)
-        self.received = signal.Signals(number).name
 
     def restore(self) -> None:
         """Give the signals back to whoever had them before."""
@@ -58,7 +66,8 @@ class Quarantine:
     """The append-only list of excluded samples, equal on all ranks.
 
     `agree` makes it durable in quarantine.jsonl before the optimizer steps; the checkpoint carries
-    it too, which is what a resumed run trusts.
+    it too. A resumed run takes both: a sample left out once is left out again at the same step,
+    though it may be readable by then.
     """
 
     def __init__(self, path: Path | None, max_bad_fraction: float, num_rows: int) -> None:
@@ -97,9 +106,22 @@ class Quarantine:
         return [asdict(exclusion) for exclusion in self.exclusions]
 
     def load(self, state: Sequence[dict[str, int | str]]) -> None:
-        self.exclusions = [
-            Exclusion(int(e["sample_id"]), int(e["from_step"]), str(e["reason"])) for e in state
-        ]
+        """Take over rows of `state()` and `read_rows()`; of a sample named twice the first."""
+        first: dict[int, Exclusion] = {}
+        for row in state:
+            number, step, reason = int(row["sample_id"]), int(row["from_step"]), str(row["reason"])
+            first.setdefault(number, Exclusion(number, step, reason))
+        self.exclusions = list(first.values())
+
+    @staticmethod
+    def read_rows(path: Path) -> list[dict[str, int | str]]:
+        """The rows of quarantine.jsonl; a last one cut by a kill was never acted on."""
+        if not path.is_file():
+            return []
+        *lines, torn = path.read_text(encoding="utf-8").split("\n")
+        if torn:
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return [json.loads(line) for line in lines]
 
     @staticmethod
     def _append(path: Path, exclusions: Sequence[Exclusion]) -> None:

@@ -17,8 +17,8 @@ from longtake.train.config import parse_config
 from longtake.train.engine import shutdown
 from longtake.train.health import die_with_parent
 from longtake.train.run_folder import FAILED, FolderInUse, mark
-from longtake.train.setup import Prepared, build, check
-from longtake.train.trainer import train
+from longtake.train.setup import build, check, join
+from longtake.train.trainer import Training, train
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
 
@@ -31,20 +31,24 @@ def run(cfg: Any) -> int:
         _complain(error)
         return EXIT_FAILED
     try:
-        return _train(prepared)
-    except FolderInUse as error:
-        _complain(error)
+        ranks, lock = join(prepared)
+    except (FolderInUse, ValueError, OSError, RuntimeError) as error:
+        _complain(error)  # the folder is not ours: its marker stays
         return EXIT_FAILED
+    try:
+        return _train(build(prepared, ranks))
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        mark(prepared.folder, FAILED, error=f"{type(error).__name__}: {error}")
         _complain(error)
+        mark(prepared.folder, FAILED, error=f"{type(error).__name__}: {error}")
         return EXIT_FAILED
+    finally:
+        if lock is not None:
+            lock.release()
 
 
-def _train(prepared: Prepared) -> int:
-    training = build(prepared)
+def _train(training: Training) -> int:
     code = EXIT_FAILED
     try:
         code = EXIT_FINISHED if train(training) else EXIT_PREEMPTED

@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from longtake.train.ranks import Ranks
@@ -29,6 +31,23 @@ class WeightedMean:
     def add_weight(self, weight: float) -> None:
         """The weight of one global step, the same on all ranks."""
         self._weight += weight
+
+    def state(self, ranks: Ranks) -> dict[str, Any]:
+        """What was summed since the last read, by rank; all ranks together."""
+        mine = {name: value.item() for name, value in self._sums.items()}
+        return {"sums": ranks.gather(mine), "weight": self._weight}
+
+    def load(self, state: dict[str, Any], ranks: Ranks) -> None:
+        """Go on from `state`: bit for bit at the same number of ranks, as a total at another."""
+        parts = state["sums"]
+        if len(parts) == ranks.world_size:
+            mine = parts[ranks.rank]
+        else:
+            names = parts[0] if parts else ()
+            mine = {n: sum(p[n] for p in parts) if ranks.is_main else 0.0 for n in names}
+        options: Any = {"dtype": torch.double, "device": ranks.device}
+        self._sums = {name: torch.tensor(value, **options) for name, value in mine.items()}
+        self._weight = state["weight"]
 
     def read(self, ranks: Ranks) -> dict[str, float]:
         """Means since the last read; all ranks together."""

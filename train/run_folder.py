@@ -23,11 +23,26 @@ def mark(folder: Path, marker: str, **details: str | int) -> None:
     assert marker in MARKERS
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{marker}.tmp-{os.getpid()}"
-    scratch.write_text(json.dumps({"time": time.time(), **details}) + "\n", encoding="utf-8")
+    try:
+        scratch.write_text(json.dumps({"time": time.time(), **details}) + "\n", encoding="utf-8")
+    except OSError:
+        # No room for a file: the old marker under the new name still says how the run stands.
+        scratch.unlink(missing_ok=True)
+        old = read_marker(folder)
+        if old is None:
+            raise
+        scratch = folder / old
     os.replace(scratch, folder / marker)
     for other in MARKERS:
         if other != marker:
             (folder / other).unlink(missing_ok=True)
+
+
+def check_replaceable(folder: Path, proof: str) -> None:
+    """ValueError unless `folder` is free, empty, or an older result, which holds `proof`."""
+    is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if not is_free and not (folder / proof).is_file():
+        raise ValueError(f"{folder}: exists and holds no {proof} to replace; name another folder")
 
 
 class FolderInUse(ValueError):

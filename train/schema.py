@@ -56,6 +56,7 @@ class TrainConfig:
             self.log_every > 0, "train.log_every=0 must be > 0: metrics.jsonl is always written"
         )
         require(self.num_threads >= 0, f"train.num_threads={self.num_threads} must be >= 0")
+        require(self.timeout > 0, f"train.timeout={self.timeout} must be > 0 seconds")
         choice("train.device", self.device, ("auto", "cpu", "cuda"))
 
 
@@ -158,6 +159,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         choice("resume", self.resume, ("auto", "force", "never"))
+        require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in [0, 2^63)")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from longtake.train.dit_task import DiTTask
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
 from longtake.train.health import Quarantine, StopSignal
+from longtake.train.metrics import WeightedMean
 from longtake.train.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -46,7 +47,12 @@ from longtake.train.tasks import Task, VAETask
 from longtake.train.tracking import Tracker
 from longtake.train.trainer import Training, Validation
 
-FRESH: dict[str, Any] = {"step": 0, "samples_seen": 0, "exclusions": []}
+FRESH: dict[str, Any] = {
+    "step": 0,
+    "samples_seen": 0,
+    "exclusions": [],
+    "losses": {"sums": [], "weight": 0.0},
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,9 @@ class Prepared:
 
 def check(config: VAERun | DiTRun) -> Prepared:
     """Read what the run will need; ValueError, alike on every rank, for what cannot work."""
+    require(bool(config.output_dir.strip()), "output_dir is empty: name a folder")
     folder = Path(config.output_dir).absolute()
+    require(folder.is_dir() or not folder.exists(), f"output_dir={folder} is not a folder")
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_folder(config, folder)
     _check_latents(config)
@@ -76,8 +84,10 @@ def _check_folder(config: VAERun | DiTRun, folder: Path) -> None:
             f"resume=never, but {folder} already holds a run "
             f"({read_marker(folder) or 'never started'}); choose another output_dir or resume=auto"
         )
+    if config.resume == "force" or not checkpoint.list_steps(folder / CHECKPOINTS):
+        return  # nothing that another config would contradict
     changes = training_changes(to_tree(load_config(folder / CONFIG)), to_tree(config))
-    if changes and config.resume != "force":
+    if changes:
         listed = "\n  ".join(changes)
         raise ValueError(
             f"{folder} was started with another config; these keys would change the training:\n"
@@ -116,12 +126,17 @@ def _validation(config: VAERun | DiTRun) -> ValPlan | None:
     return ValPlan.from_config(config.data, config.seed, config.validation.num_samples)
 
 
-def build(prepared: Prepared) -> Training:
-    """Join the ranks, build the weights, read the last good checkpoint; ready for the loop."""
-    config, folder, plan = prepared.config, prepared.folder, prepared.plan
+def join(prepared: Prepared) -> tuple[Ranks, FolderLock | None]:
+    """Join the ranks and claim the folder; FolderInUse, on all ranks, when it is taken."""
+    config = prepared.config
     _prepare_torch(config)
     ranks = init_distributed(pick_device(config.train.device).type, config.train.timeout)
-    lock = _claim(folder, ranks)
+    return ranks, _claim(prepared.folder, ranks)
+
+
+def build(prepared: Prepared, ranks: Ranks) -> Training:
+    """Build the weights, read the last good checkpoint; ready for the loop."""
+    config, folder, plan = prepared.config, prepared.folder, prepared.plan
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks.device)
     engine = Engine(task.module, config.optim, config.engine, ranks)
@@ -129,13 +144,16 @@ def build(prepared: Prepared) -> Training:
     state = _resume(prepared, engine, ema, ranks)
     log = folder / QUARANTINE if ranks.is_main else None
     quarantine = Quarantine(log, config.data.max_bad_fraction, plan.num_samples)
-    quarantine.load(state["exclusions"])
+    written = Quarantine.read_rows(folder / QUARANTINE) if ranks.is_main else None
+    quarantine.load([*state["exclusions"], *ranks.broadcast(written)])
     tracker = _open_folder(prepared, ranks)
     console = RunConsole(config.stage, config.train.steps, state["step"], ranks.is_main)
     if state["step"] == 0:
         console.say(plan.summary())
     else:
         console.say(f"{folder}: goes on at step {state['step']}")
+    losses = WeightedMean()
+    losses.load(state["losses"], ranks)
     slots = rank_slots(config.data.micro_batches_per_step, ranks.rank, ranks.world_size)
     return Training(
         config=config,
@@ -151,7 +169,7 @@ def build(prepared: Prepared) -> Training:
         tracker=tracker,
         console=console,
         signals=StopSignal(),
-        lock=lock,
+        losses=losses,
         step=state["step"],
         samples_seen=state["samples_seen"],
     )
@@ -182,8 +200,19 @@ def _prepare_torch(config: VAERun | DiTRun) -> None:
 
 def _build_task(config: VAERun | DiTRun, folder: Path, device: torch.device) -> Task:
     if isinstance(config, VAERun):
+        for bucket in config.data.buckets:
+            config.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
         return VAETask(config, device)
-    return DiTTask(config, device, load_codec(config, folder=folder, device=device))
+    codec = load_codec(config, folder=folder, device=device)
+    for bucket in config.data.buckets:
+        latents = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        config.model.grid(latents[1:])
+        require(
+            latents[1] > 1 or not config.tasks.get("i2v"),
+            f"data.buckets has {bucket.name}: tasks.i2v={config.tasks.get('i2v')} needs more than "
+            "the one latent frame that is given; set tasks.i2v=0 or use longer clips",
+        )
+    return DiTTask(config, device, codec)
 
 
 def _resume(prepared: Prepared, engine: Engine, ema: Ema, ranks: Ranks) -> dict[str, Any]:
@@ -192,6 +221,9 @@ def _resume(prepared: Prepared, engine: Engine, ema: Ema, ranks: Ranks) -> dict[
     if path is None:
         return FRESH
     state = checkpoint.load_into(path, engine, ema)
+    steps = prepared.config.train.steps
+    step = state["step"]
+    require(step <= steps, f"train.steps={steps} lies before the {step} steps of {path}")
     is_same = state["plan"] == prepared.plan.fingerprint
     if not is_same and prepared.config.resume != "force":
         raise ValueError(

@@ -67,7 +67,10 @@ class Tracker:
 
     def finish(self, exit_code: int) -> None:
         """Flush and close; W&B shows the run as failed for a non-zero code."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            warnings.warn(f"{self._file.name}: {error}", stacklevel=2)
         if self._run is not None:
             run, self._run = self._run, None
             try:

@@ -17,15 +17,8 @@ from longtake.train.engine import Engine, Ranks
 from longtake.train.health import Quarantine, StopSignal
 from longtake.train.metrics import Throughput, WeightedMean
 from longtake.train.optim import lr_at
-from longtake.train.playback import viewing_mp4
-from longtake.train.run_folder import (
-    CHECKPOINTS,
-    FINISHED,
-    PREEMPTED,
-    SAMPLES,
-    FolderLock,
-    mark,
-)
+from longtake.train.playback import IMAGE_FPS, viewing_mp4
+from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Drawing, Means, Task
 from longtake.train.tracking import Tracker
@@ -90,7 +83,7 @@ class Training:
     tracker: Tracker | None
     console: RunConsole
     signals: StopSignal
-    lock: FolderLock | None  # on the main rank
+    losses: WeightedMean  # since the last log row
     step: int
     samples_seen: int
 
@@ -160,6 +153,7 @@ class Training:
         state = {
             "step": self.step,
             "samples_seen": self.samples_seen,
+            "losses": self.losses.state(self.ranks),
             "exclusions": self.quarantine.state(),
             "plan": self.plan.fingerprint,
         }
@@ -190,8 +184,6 @@ class Training:
         self.signals.restore()
         if self.tracker is not None:
             self.tracker.finish(exit_code)
-        if self.lock is not None:
-            self.lock.release()
 
 
 def train(run: Training) -> bool:
@@ -201,7 +193,7 @@ def train(run: Training) -> bool:
     stopping and sum up the denominator, each slot adds its gradient, one AdamW step.
     """
     config, engine, task = run.config.train, run.engine, run.task
-    speed, losses = Throughput(), WeightedMean()
+    speed, losses = Throughput(), run.losses
     resumed_at = run.step if run.step > 0 else -1
     stop = False
     while True:
@@ -252,7 +244,7 @@ def write_drawings(folder: Path, drawings: Sequence[Drawing]) -> dict[str, Path]
     folder.mkdir(parents=True, exist_ok=True)
     files = {drawing.name: folder / f"{drawing.name}.mp4" for drawing in drawings}
     for drawing in drawings:
-        files[drawing.name].write_bytes(viewing_mp4(drawing.frames, drawing.fps))
+        files[drawing.name].write_bytes(viewing_mp4(drawing.frames, drawing.fps or IMAGE_FPS))
     captions = {drawing.name: drawing.caption for drawing in drawings}
     text = json.dumps(captions, indent=1, ensure_ascii=False)
     (folder / "prompts.json").write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Signals and the quarantine of samples that are no good."""
 
+import errno
 import json
 import os
 import signal
@@ -72,16 +73,44 @@ def test_the_first_signal_is_noted_and_handlers_are_given_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_the_second_signal_aborts() -> None:
-    code = (
+@pytest.mark.parametrize(("echo_seconds", "code"), [(0.0, 1), (5.0, 0)])
+def test_the_second_signal_aborts_unless_it_is_an_echo(echo_seconds: float, code: int) -> None:
+    program = (
         "import os, signal, time\n"
-        "from longtake.train.health import StopSignal\n"
-        "StopSignal()\n"
+        "from longtake.train import health\n"
+        f"health.ECHO_SECONDS = {echo_seconds}\n"
+        "health.StopSignal()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.01)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
-        "time.sleep(30)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 1
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == code
+
+
+def test_without_room_the_old_marker_takes_the_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark(tmp_path, "RUNNING", step=1)
+
+    def full(*args: object, **options: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    mark(tmp_path, "FAILED")
+    assert [path.name for path in tmp_path.iterdir()] == ["FAILED"]
+
+
+def test_what_was_left_out_stays_left_out_after_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path, 0.5, 1000).agree([[bad(5, step=2)]])
+    with path.open("a") as file:
+        file.write('{"sample_id": 7, "from')  # a kill in the middle of the row
+    resumed = Quarantine(path, 0.5, 1000)
+    resumed.load(Quarantine.read_rows(path))
+    assert resumed.exclusions == [bad(5, step=2)]
+    assert resumed.agree([[bad(5, step=2)]]) == []
+    resumed.agree([[bad(7, step=3)]])
+    assert [row["sample_id"] for row in Quarantine.read_rows(path)] == [5, 7]
 
 
 def test_one_marker_at_a_time(tmp_path: Path) -> None:

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from longtake.data.decode import probe
-from longtake.train.run_folder import RUNNING, FolderLock, mark, read_marker
+from longtake.train.run_folder import (
+    RUNNING,
+    FolderLock,
+    check_replaceable,
+    mark,
+    read_marker,
+)
 from tests.train.forked import import_before_fork, run_ranks
 from tests.train.tiny_runs import (
     TINY_VAE,
@@ -303,3 +309,30 @@ def test_a_folder_belongs_to_one_training(
     assert read_marker(folder) == RUNNING  # the other one's
     lock.release()
     assert train_here(options(shards, folder)) == 0
+
+
+def test_the_logged_loss_survives_a_stop_between_two_rows(shards: Path, tmp_path: Path) -> None:
+    """A row is a mean over log_every steps; the part before the stop is kept in the checkpoint."""
+    more = "train.log_every=5", "train.checkpoint_every=4", "train.steps=10"
+    assert train_here(options(shards, tmp_path / "whole", *more)) == 0
+    folder = tmp_path / "stopped"
+    assert train_here(options(shards, folder, *more)) == 0
+    shutil.rmtree(folder / "checkpoints" / "step-00000010")
+    assert train_here(options(shards, folder, *more)) == 0
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["attempt"] == 2
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def test_a_failed_first_start_does_not_bind_the_config(shards: Path, tmp_path: Path) -> None:
+    assert train_here(options(shards, tmp_path, "model.patch_size=[1,5,5]")) == 1
+    assert train_here(options(shards, tmp_path)) == 0
+    assert train_here(options(shards, tmp_path, "train.steps=6", "resume=force")) == 1
+
+
+def test_evaluation_never_replaces_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no card"):
+        check_replaceable(tmp_path, "card.json")
+    (tmp_path / "card.json").write_text("{}")
+    check_replaceable(tmp_path, "card.json")
+    check_replaceable(tmp_path / "free", "card.json")
