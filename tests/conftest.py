@@ -7,10 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+from longtake.data.decode import encode_video
+from longtake.data.world import make_clip
 
 torch.set_num_threads(1)
 
@@ -19,6 +24,16 @@ REAL_CLIPS = ROOT.parent / "shared" / "videos"
 
 
 @pytest.fixture(scope="session")
-def real_clips() -> Path | None:
-    """Folder of real clips with captions.jsonl, or None where the checkout stands alone."""
-    return REAL_CLIPS if (REAL_CLIPS / "captions.jsonl").exists() else None
+def real_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of clips with captions.jsonl: real ones, or generated ones where there are none."""
+    if (REAL_CLIPS / "captions.jsonl").exists():
+        return REAL_CLIPS
+    warnings.warn(f"{REAL_CLIPS} is not there: generated clips stand in", stacklevel=1)
+    folder = tmp_path_factory.mktemp("clips")
+    lines = []
+    for index in range(10):
+        clip = make_clip(0, "train", index, families=["move"], frames=17, height=64, width=96)
+        (folder / f"{index}.mp4").write_bytes(encode_video(clip.frames, clip.fps))
+        lines.append(json.dumps({"file": f"{index}.mp4", "caption": clip.captions["dense"]}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -306,30 +306,22 @@ def test_frames_that_cannot_be_encoded(shape: tuple[int, ...], message: str) -> 
         encode_video(np.zeros((1, 16, 16, 3), np.uint8), float("nan"))
 
 
-def test_both_decoders_agree_on_real_clips(real_clips: Path | None) -> None:
+def test_both_decoders_agree_on_real_clips(real_clips: Path) -> None:
     pytest.importorskip("decord")
-    if real_clips is None:
-        pytest.skip("../shared/videos is not there")
-    for name in (
-        "bikes.mp4",
-        "carphone_pristine.mp4",
-        "kitten.mp4",
-        "h265_video.mp4",
-        "nasa_13013.mp4",
-    ):
-        data = (real_clips / name).read_bytes()
+    names = ("bikes", "carphone_pristine", "kitten", "h265_video", "nasa_13013")
+    paths = [real_clips / f"{name}.mp4" for name in names]
+    for path in paths if paths[0].exists() else sorted(real_clips.glob("*.mp4")):
+        data = path.read_bytes()
         info = probe(data)
         times = (np.linspace(0.3, 0.8, 4) * info.duration).tolist()
         one = decode_clip(data, times, decoder="pyav")
         two = decode_clip(data, times, decoder="decord")
         assert one.shape == two.shape == (4, info.height, info.width, 3)
         # Chroma is interpolated otherwise; a neighbouring frame would give 27 dB at most.
-        assert psnr(one, two) > 32, name
+        assert psnr(one, two) > 32, path.name
 
 
-def test_real_clips_of_every_codec(real_clips: Path | None) -> None:
-    if real_clips is None:
-        pytest.skip("../shared/videos is not there")
+def test_real_clips_of_every_codec(real_clips: Path) -> None:
     codecs = set()
     for path in sorted(real_clips.glob("*.m*")):
         data = path.read_bytes()
@@ -338,4 +330,5 @@ def test_real_clips_of_every_codec(real_clips: Path | None) -> None:
         last = info.duration - 0.5 / info.fps
         clip = decode_clip(data, [0.0, last / 2, last], size=(36, 64))
         assert clip.shape == (3, 36, 64, 3) and clip.std() > 1
-    assert codecs == {"h264", "hevc", "av1"}
+    is_real = (real_clips / "av1_video.mkv").exists()
+    assert codecs == ({"h264", "hevc", "av1"} if is_real else {"h264"})

@@ -30,12 +30,8 @@ def _captions(path: Path, lines: list[dict[str, str]]) -> None:
 
 
 def test_real_clips_go_in_as_they_are_and_come_out_as_batches(
-    tmp_path: Path, real_clips: Path | None
+    tmp_path: Path, real_clips: Path
 ) -> None:
-    """On ../shared/videos; where it is absent, on generated clips."""
-    if real_clips is None:
-        _folder(tmp_path / "in", 10)
-        real_clips = tmp_path / "in"
     report = pack_folder(real_clips, tmp_path / "out", progress=False)
     assert (report.packed, report.skipped) == (10, [])
     reader = ShardReader()

@@ -82,9 +82,7 @@ def test_pack_a_folder(world: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["stats", str(tmp_path / "packed")]) == 0
 
 
-def test_real_clips_pack(real_clips: Path | None, tmp_path: Path) -> None:
-    if real_clips is None:
-        pytest.skip("no folder of real clips beside this checkout")
+def test_real_clips_pack(real_clips: Path, tmp_path: Path) -> None:
     assert cli.main(["pack", str(real_clips), str(tmp_path / "packed")]) == 0
     assert cli.main(["verify", str(tmp_path / "packed")]) == 0
 
