@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -76,9 +76,7 @@ def load_codec(
     if config.codec == "identity":
         return Codec(config.model.in_channels, (1, 1, 1))
     manifest, where = find_manifest(config, folder)
-    named = vae or (Path(config.vae_run) if config.vae_run else None)
-    if named is None and "vae_run" in manifest.versions:
-        named = Path(os.path.normpath(where.resolve() / manifest.versions["vae_run"]))
+    named = vae or (Path(config.vae_run) if config.vae_run else _named_vae(manifest, where))
     if named is None:
         raise ValueError("vae_run=null and the latents name no VAE run; set vae_run or --vae-run")
     loaded = load_vae_with_hash(named, manifest.vae_hash, device)
@@ -105,16 +103,22 @@ def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, 
 
 def keep_manifest(config: DiTRun, folder: Path) -> None:
     """Copy latents.json into the run folder, with the way to the VAE as seen from there."""
-    _, place = find_manifest(config, folder)
+    manifest, place = find_manifest(config, folder)
     if place.resolve() == folder.resolve():
         return
-    tree = json.loads((place / KEPT_MANIFEST).read_text(encoding="utf-8"))
-    if "vae_run" in tree["versions"]:
-        vae = os.path.normpath(place.resolve() / tree["versions"]["vae_run"])
+    tree = asdict(manifest)
+    vae = _named_vae(manifest, place)
+    if vae is not None:
         tree["versions"]["vae_run"] = os.path.relpath(vae, folder.resolve())
     scratch = folder / f"{KEPT_MANIFEST}.tmp"
     scratch.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, folder / KEPT_MANIFEST)
+
+
+def _named_vae(manifest: LatentManifest, place: Path) -> Path | None:
+    """The VAE run that the manifest in `place` names, None where it names none."""
+    named = manifest.versions.get("vae_run")
+    return None if named is None else Path(os.path.normpath(place.resolve() / named))
 
 
 def text_hash(config: TextConfig) -> str:

@@ -16,7 +16,7 @@ import hydra
 from longtake.train.config import parse_config
 from longtake.train.engine import shutdown
 from longtake.train.health import die_with_parent
-from longtake.train.run_folder import FAILED, FolderInUse, mark
+from longtake.train.run_folder import FAILED, mark
 from longtake.train.setup import build, check, join
 from longtake.train.trainer import Training, train
 
@@ -32,7 +32,7 @@ def run(cfg: Any) -> int:
         return EXIT_FAILED
     try:
         ranks, lock = join(prepared)
-    except (FolderInUse, ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _complain(error)  # the folder is not ours: its marker stays
         return EXIT_FAILED
     try:

@@ -62,11 +62,6 @@ def region(x: float, y: float, width: int, height: int) -> str:
     return f"{row} {column}".strip() or "centre"
 
 
-def sentence(text: str) -> str:
-    """First letter upper case, full stop at the end."""
-    return text[0].upper() + text[1:].rstrip(".") + "."
-
-
 def other_colour(colour: str, taken: Sequence[str]) -> str:
     """The next colour of the palette that is not in `taken`: how `wrong` captions flip a colour."""
     start = COLOURS.index(colour)
