@@ -1,85 +1,60 @@
 """Which bucket each sample of a catalogue goes to, and why others are dropped."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa
 
-from longtake.data.catalogue import Catalogue, column
-from longtake.data.plan_config import BucketConfig, DataConfig, DatasetConfig
+from longtake.data.plan_config import DataConfig
 
 _SLACK = 1e-3  # seconds, as in the decoder
 _DROPPED = -1
 
 
-@dataclass(frozen=True)
-class Eligible:
-    """Samples of one filtered dataset. `bucket` is (N,) int16, -1 where no bucket fits;
-    bit i of `kinds` (N,) uint16 says that the i-th caption kind of the config is there."""
-
-    catalogue: Catalogue
-    config: DatasetConfig
-    bucket: np.ndarray
-    kinds: np.ndarray
-    dropped: dict[str, int]
-
-    @property
-    def num_samples(self) -> int:
-        """Samples that have a bucket."""
-        return int((self.bucket != _DROPPED).sum())
-
-
-def assign_buckets(catalogue: Catalogue, dataset: DatasetConfig, config: DataConfig) -> Eligible:
-    """Filter a catalogue and give each sample the bucket of the nearest aspect ratio.
+def assign_buckets(
+    rows: np.ndarray, config: DataConfig, closed: Collection[int] = ()
+) -> tuple[np.ndarray, Counter[str]]:
+    """The bucket of nearest aspect ratio for each of `rows` (N,) of tables.ROW: (N,) int16, -1
+    where none fits, and the number of those by reason.
 
     Among equals the longest frame count that fits wins, then the largest frame; clips are never
     stretched in time nor enlarged. Cached latents fit the bucket of exactly their pixel shape.
-
-    Raises:
-        ValueError: the filter is invalid, or nothing is left.
+    Buckets whose index is in `closed` take nothing.
     """
-    report = catalogue.filter(dataset.where)
-    table = report.catalogue.table
-    kinds = _caption_kinds(table, list(dataset.captions))
-    is_latent = column(table, "codec").astype(str) == "latents"
-    bucket = np.full(len(kinds), _DROPPED, dtype=np.int16)
-    reasons = np.full(len(kinds), "", dtype=object)
-    fit_pixels(table, config, bucket, reasons)
-    if is_latent.any():
-        bucket[is_latent] = _fit_latents(table, config.buckets)[is_latent]
-        reasons[is_latent] = "encoded at a shape that no bucket has (run `longtake encode` again)"
-    wanted = np.array([share > 0 for share in dataset.captions.values()])
-    mask = np.uint16(int((wanted << np.arange(len(wanted))).sum()))
-    silent = (kinds & mask) == 0
-    bucket[silent] = _DROPPED
-    reasons[silent] = f"no caption of kind {', '.join(dataset.captions)}"
-    dropped = {f"where {clause}": count for clause, count in report.dropped.items()}
-    lost = reasons[bucket == _DROPPED]
-    for reason in sorted(set(lost.tolist())):
-        dropped[reason] = int((lost == reason).sum())
-    if not (bucket != _DROPPED).any():
-        raise ValueError(
-            f"dataset {catalogue.dataset!r} ({catalogue.root}): no sample of {len(catalogue)} fits "
-            f"data.buckets={', '.join(b.name for b in config.buckets)}: {dropped}"
-        )
-    return Eligible(report.catalogue, dataset, bucket, kinds & mask, dropped)
+    bucket = np.full(len(rows), _DROPPED, dtype=np.int16)
+    reasons = np.zeros(len(rows), dtype=np.int8)
+    pixels, latents = np.flatnonzero(~rows["latent"]), np.flatnonzero(rows["latent"])
+    if len(pixels):
+        bucket[pixels], reasons[pixels] = _fit_pixels(rows[pixels], config, closed)
+    if len(latents):
+        bucket[latents], reasons[latents] = _fit_latents(rows[latents], config), 3
+    texts = (
+        *("frame smaller than every bucket of its length", "clip shorter than every bucket"),
+        f"frame rate below data.fps={config.fps}",
+        "encoded at a shape that no bucket has (run `longtake encode` again)",
+    )
+    numbers = np.bincount(reasons[bucket == _DROPPED], minlength=len(texts))
+    return bucket, Counter({t: int(n) for t, n in zip(texts, numbers, strict=True) if n})
 
 
-def fit_pixels(
-    table: pa.Table, config: DataConfig, bucket: np.ndarray, reasons: np.ndarray
-) -> None:
-    """Fill `bucket` and `reasons` in place for samples that are video or images."""
-    frames, width, height = (column(table, name) for name in ("frames", "width", "height"))
-    fps = column(table, "fps").astype(np.float64)
-    last_time = column(table, "duration") - 1 / np.where(fps > 0, fps, np.inf)
+def _fit_pixels(
+    rows: np.ndarray, config: DataConfig, closed: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bucket of each video or image, and why none fits: 0 too small, 1 too short, 2 too slow."""
+    frames, width, height = rows["frames"], rows["width"], rows["height"]
+    fps = rows["fps"].astype(np.float64)
+    last_time = rows["duration"] - 1 / np.where(fps > 0, fps, np.inf)
     aspect = np.log(width / height)
-    best = np.full((3, len(frames)), np.inf)  # aspect distance, -frames, -area: less is better
-    long_enough = np.zeros(len(frames), dtype=bool)
-    fast_enough = np.zeros(len(frames), dtype=bool)
+    bucket = np.full(len(rows), _DROPPED, dtype=np.int16)
+    best = np.full((3, len(rows)), np.inf)  # aspect distance, -frames, -area: less is better
+    long_enough = np.zeros(len(rows), dtype=bool)
+    fast_enough = np.zeros(len(rows), dtype=bool)
     for index, shape in enumerate(config.buckets):
+        if index in closed:
+            continue
         if shape.frames == 1:
-            is_fast = is_long = np.ones(len(frames), dtype=bool)
+            is_fast = is_long = np.ones(len(rows), dtype=bool)
         elif config.fps is None:
             is_fast, is_long = fps > 0, frames >= shape.frames
         else:
@@ -94,9 +69,7 @@ def fit_pixels(
         bucket[better] = index
         fast_enough |= is_fast
         long_enough |= is_fast & is_long
-    reasons[:] = "frame smaller than every bucket of its length"
-    reasons[~long_enough] = "clip shorter than every bucket"
-    reasons[~fast_enough] = f"frame rate below data.fps={config.fps}"
+    return bucket, np.where(~fast_enough, 2, np.where(~long_enough, 1, 0))
 
 
 def _precedes(score: np.ndarray, best: np.ndarray) -> np.ndarray:
@@ -105,17 +78,16 @@ def _precedes(score: np.ndarray, best: np.ndarray) -> np.ndarray:
     return less[0] | (equal[0] & (less[1] | (equal[1] & less[2])))
 
 
-def _fit_latents(table: pa.Table, buckets: Sequence[BucketConfig]) -> np.ndarray:
-    frames, width, height = (column(table, name) for name in ("frames", "width", "height"))
-    found = np.full(len(frames), _DROPPED, dtype=np.int16)
-    for index, shape in enumerate(buckets):
-        same = (frames == shape.frames) & (height == shape.height) & (width == shape.width)
-        found[same] = index
+def _fit_latents(rows: np.ndarray, config: DataConfig) -> np.ndarray:
+    found = np.full(len(rows), _DROPPED, dtype=np.int16)
+    for index, shape in enumerate(config.buckets):
+        same = (rows["height"] == shape.height) & (rows["width"] == shape.width)
+        found[same & (rows["frames"] == shape.frames)] = index
     return found
 
 
-def _caption_kinds(table: pa.Table, kinds: list[str]) -> np.ndarray:
-    """(N,) uint16 with bit i set where the i-th kind is among the sample's captions."""
+def caption_kinds(table: pa.Table, kinds: list[str]) -> np.ndarray:
+    """(N,) uint16: bit i set where a catalogue row has a caption of the i-th kind."""
     captions: pa.MapArray = pa.chunked_array(table.column("caption_chars").chunks).combine_chunks()
     offsets = captions.offsets.to_numpy()
     parents = np.repeat(np.arange(len(captions)), np.diff(offsets))

@@ -1,6 +1,7 @@
 """What a file's own structure says, without FFmpeg: its container, and whether it is whole."""
 
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -52,12 +53,34 @@ def check_jpeg(data: bytes) -> None:
     raise DecodeError("truncated: the JPEG has no end mark")
 
 
+_EXIF = re.compile(rb"(?:Exif\0\0|eXIf|EXIF....(?:Exif\0\0)?)(II\*\0|MM\0\*)", re.DOTALL)
+_ORIENTATION = 0x112
+
+
+def exif_orientation(data: bytes) -> int:
+    """The tag Orientation of a JPEG, PNG or WebP, 1 (upright) where there is none (EXIF 2.32)."""
+    found = _EXIF.search(data)
+    if found is None:
+        return 1
+    order = "little" if found[1][:1] == b"I" else "big"
+    start = found.start(1)
+
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(data[start + position : start + position + size], order)
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if number(entry, 2) == _ORIENTATION:
+            return number(entry + 8, 2)
+    return 1
+
+
 def count_left_out(data: bytes, name: str, stream: int) -> float:
     """Frames that a header may count although a whole file has no packets for them, at most.
 
     In AVI these are the dropped frames, chunks of no bytes, that its index lists. In MP4 an edit
-    list may leave out any number, if the file is whole: boxes that fill it exactly, one of them
-    with the media.
+    list may leave out any number, if the file is whole: boxes that fill it exactly, and in it all
+    the chunks of media that its tables name.
     """
     if name == "avi":
         start = data.rfind(b"idx1")
@@ -71,13 +94,16 @@ def count_left_out(data: bytes, name: str, stream: int) -> float:
         return int(((entries["id"] == b"%02d" % stream) & (entries["size"] == 0)).sum())
     if name == "mov" and b"elst" in data:
         boxes = list(_boxes(data))
-        if all(whole for _, whole in boxes) and [kind for kind, _ in boxes].count(b"mdat") == 1:
-            return math.inf
+        kinds = [kind for kind, _, _ in boxes]
+        if all(whole for _, _, whole in boxes) and b"mdat" in kinds and b"moov" in kinds:
+            start = boxes[kinds.index(b"moov")][1]
+            if _has_all_chunks(data, start):
+                return math.inf
     return 0
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Kind of each top-level box of an MP4 and whether all of it is there (ISO 14496-12)."""
+def _boxes(data: bytes) -> Iterator[tuple[bytes, int, bool]]:
+    """Kind and start of each top-level box of an MP4, whether all of it is there (ISO 14496-12)."""
     position = 0
     while position < len(data):
         size = int.from_bytes(data[position : position + 4], "big")
@@ -85,5 +111,19 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bool]]:
             size = int.from_bytes(data[position + 8 : position + 16], "big")
         # Size 0 means to the end of the file, which says nothing about where that was.
         whole = 8 <= size <= len(data) - position
-        yield data[position + 4 : position + 8], whole
+        yield data[position + 4 : position + 8], position, whole
         position += size if whole else len(data)
+
+
+def _has_all_chunks(data: bytes, moov: int) -> bool:
+    """Whether every chunk that the sample tables point to begins inside the file."""
+    end = moov + int.from_bytes(data[moov : moov + 4], "big")
+    for table in re.finditer(rb"stco|co64", data[moov:end]):
+        kind = ">u4" if table[0] == b"stco" else ">u8"
+        start = moov + table.end() + 4
+        count = int.from_bytes(data[start : start + 4], "big")
+        if count * np.dtype(kind).itemsize > end - start - 4:
+            return False
+        if (np.frombuffer(data, kind, count, start + 4) >= len(data)).any():
+            return False
+    return True

@@ -1,7 +1,8 @@
 """Rows of the catalogue: what is known of each sample of a shard without decoding a frame."""
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,27 @@ import pyarrow as pa
 import xxhash
 from safetensors import SafetensorError, deserialize
 
-from longtake.data.decode import DecodeError, probe
+from longtake.data.decode import DecodeError
+from longtake.data.decode import probe as read_header
+from longtake.data.decode_check import decode_all
+from longtake.data.layouts import Layout, is_part, pick_members, split_dotted
 from longtake.data.samples import (
     LATENT_EXTENSION,
     MAX_NUMBER,
-    NoCaptionError,
     SampleError,
     SampleMeta,
-    parse_meta,
-    pick_members,
+    combine_meta,
 )
-from longtake.data.shards import SampleEntry, ShardReader, Span, scan_shard
+from longtake.data.shards import ShardReader, Span, scan_members
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MAX_PAYLOAD_BYTES = 2**31  # a clip is read whole
+MAX_META_BYTES = 2**22
+PROBES = ("header", "full")
+
+_TEXT = pa.struct(
+    [("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("xxh3", pa.string())]
+)
 
 SCHEMA = pa.schema(
     [
@@ -37,6 +46,7 @@ SCHEMA = pa.schema(
         ("meta_size", pa.int64()),
         ("xxh3", pa.string()),
         ("meta_xxh3", pa.string()),
+        ("texts", pa.list_(_TEXT)),  # captions in members beside the meta member; null for none
         ("frames", pa.int32()),
         ("fps", pa.float32()),
         ("width", pa.int32()),
@@ -58,12 +68,13 @@ SCHEMA = pa.schema(
 
 @dataclass
 class ShardIndex:
-    """What one shard holds: rows for SCHEMA, and samples that cannot be used with their reasons."""
+    """What one shard holds: rows for SCHEMA, samples that cannot be used with their reasons, and
+    how many members of which kind belong to no sample."""
 
     name: str
-    num_bytes: int
-    rows: list[dict[str, Any]]
-    rejected: list[dict[str, str]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, str]] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     @property
     def digest(self) -> str:
@@ -82,72 +93,90 @@ def name_hash(dataset: str, name: str) -> int:
     return xxhash.xxh3_64_intdigest(f"{dataset}/{name}".encode())
 
 
-def index_shard(path: Path, dataset: str) -> ShardIndex:
-    """Scan one shard and probe its headers.
+def index_shard(path: Path, dataset: str, *, name: str = "", probe: str = "header") -> ShardIndex:
+    """Scan one shard and probe its headers, or with `probe` full decode every frame of it.
+
+    `name` is the shard's where `path` is a copy of it.
 
     Raises:
         ShardError: the tar itself is damaged, empty or unsafe.
     """
+    index = ShardIndex(name or path.name)
+    scanned = scan_members(path)
+    index.passed_over = scanned.passed_over
     reader = ShardReader()
-    index = ShardIndex(path.name, path.stat().st_size, [], [])
     try:
-        for entry in scan_shard(path):
-            try:
-                index.rows.append(_row(entry, path, dataset, reader))
-            except (SampleError, DecodeError) as error:
-                reason = {"key": entry.key, "shard": path.name, "reason": str(error)}
-                index.rejected.append(reason)
+        for entry in scanned.samples:
+            for ext in entry.members:
+                if not is_part(ext):
+                    index.passed_over[f".{ext.rpartition('.')[2].lower()}"] += 1
+            for key, members in split_dotted(entry.key, entry.members):
+                try:
+                    layout = pick_members(members)
+                    index.passed_over.update(f".{ext}" for ext in layout.unknown)
+                    row = _row(key, members, layout, path, dataset, reader, probe)
+                    index.rows.append({**row, "shard": index.name})
+                except (SampleError, DecodeError) as error:
+                    index.rejected.append({"key": key, "shard": index.name, "reason": str(error)})
     finally:
         reader.close()
     return index
 
 
-def _row(entry: SampleEntry, path: Path, dataset: str, reader: ShardReader) -> dict[str, Any]:
-    spelled, metas = pick_members(entry.members)
-    ext, payload_span = spelled.lower(), entry.members[spelled]
-    meta_ext, meta_span, meta_bytes, meta = _read_meta(entry, metas, path, reader)
-    payload = reader.read(path, payload_span)
+def _row(
+    key: str,
+    members: dict[str, Span],
+    layout: Layout,
+    path: Path,
+    dataset: str,
+    reader: ShardReader,
+    probe: str,
+) -> dict[str, Any]:
+    ext, span = layout.payload.rpartition(".")[2].lower(), members[layout.payload]
+    if span.size > MAX_PAYLOAD_BYTES:
+        raise SampleError(f"{ext} of {span.size} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
+    texts, contents = [], []
+    for spelled, meaning in layout.metas:
+        place = members[spelled]
+        if place.size > MAX_META_BYTES:
+            raise SampleError(
+                f"{spelled} of {place.size} bytes is over the limit of {MAX_META_BYTES}"
+            )
+        data = reader.read(path, place)
+        contents.append((meaning, data))
+        texts.append({"ext": meaning, **vars(place), "xxh3": content_hash(data)})
+    meta, first = combine_meta(contents), texts.pop(0)
+    payload = reader.read(path, span)
+    if ext == LATENT_EXTENSION:
+        facts = _latent_facts(payload, meta)
+    else:
+        facts = _video_facts(payload, decodes=probe == "full")
     return {
-        "sample_id": name_hash(dataset, entry.key),
-        "source_id": name_hash(dataset, meta.text("source_id") or entry.key),
-        "key": entry.key,
-        "shard": path.name,
+        "sample_id": name_hash(dataset, key),
+        "source_id": name_hash(dataset, meta.text("source_id") or key),
+        "key": key,
         "ext": ext,
-        "payload_offset": payload_span.offset,
-        "payload_size": payload_span.size,
-        "meta_ext": meta_ext,
-        "meta_offset": meta_span.offset,
-        "meta_size": meta_span.size,
+        "payload_offset": span.offset,
+        "payload_size": span.size,
+        "meta_ext": first["ext"],
+        "meta_offset": first["offset"],
+        "meta_size": first["size"],
         "xxh3": content_hash(payload),
-        "meta_xxh3": content_hash(meta_bytes),
+        "meta_xxh3": first["xxh3"],
+        "texts": texts or None,
         "caption_chars": [(kind, len(caption)) for kind, caption in meta.captions.items()],
         "licence": meta.text("licence"),
         "split": meta.text("split"),
         "family": meta.text("family"),
         "scores": [(name, score) for name, score in meta.scores().items()],
-        **(_latent_facts(payload, meta) if ext == LATENT_EXTENSION else _video_facts(payload)),
+        **facts,
     }
 
 
-def _read_meta(
-    entry: SampleEntry, metas: list[str], path: Path, reader: ShardReader
-) -> tuple[str, Span, bytes, SampleMeta]:
-    """The json, or the txt where the json has no captions: (ext, span, bytes, meaning)."""
-    fields: dict[str, Any] = {}
-    for spelled in metas:
-        ext, span = spelled.lower(), entry.members[spelled]
-        data = reader.read(path, span)
-        try:
-            meta = parse_meta(ext, data)
-        except NoCaptionError as error:
-            fields = error.fields
-            continue
-        return ext, span, data, SampleMeta(meta.captions, meta.fields or fields)
-    raise NoCaptionError(fields)
-
-
-def _video_facts(payload: bytes) -> dict[str, Any]:
-    info = probe(payload)
+def _video_facts(payload: bytes, decodes: bool) -> dict[str, Any]:
+    info = read_header(payload)
+    if decodes:
+        info = replace(info, **vars(decode_all(payload)))
     return {
         "frames": info.frames,
         "fps": info.fps,

@@ -53,25 +53,19 @@ class Lanes:
 
     def __init__(
         self,
-        shards: np.ndarray,
+        bounds: np.ndarray,
+        counts: np.ndarray,
         bucket: np.ndarray,
         *,
-        num_buckets: int,
         num_lanes: int,
         window: int,
         seed: int,
     ) -> None:
-        """`shards` (N,) numbers the shard of each row, rows of a shard together; `bucket` (N,)."""
+        """`bounds` (P + 1,) and `counts` (P, buckets) of `cut_pieces` and `count_pieces`; `bucket`
+        (N,) of each row."""
         self.num_lanes, self.window, self.seed = num_lanes, window, seed
-        self.bucket = bucket
-        self.bounds = _piece_bounds(shards, num_lanes)  # (P + 1,)
-        pieces = np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
-        kept = bucket >= 0
-        self.counts = np.bincount(
-            pieces[kept] * num_buckets + bucket[kept],
-            minlength=(len(self.bounds) - 1) * num_buckets,
-        ).reshape(-1, num_buckets)  # (P, buckets)
-        self.totals = self.counts.sum(axis=0)
+        self.bounds, self.counts, self.bucket = bounds, counts, bucket
+        self.totals = counts.sum(axis=0)
         self._orders: OrderedDict[Hashable, Any] = OrderedDict()
         self._segments: OrderedDict[Hashable, Any] = OrderedDict()
         self._windows: OrderedDict[Hashable, Any] = OrderedDict()
@@ -152,19 +146,30 @@ class Lanes:
         return {**self.__dict__, **{name: OrderedDict() for name in caches}}
 
 
-def _piece_bounds(shards: np.ndarray, num_lanes: int) -> np.ndarray:
+def cut_pieces(shard_sizes: np.ndarray, num_lanes: int) -> np.ndarray:
     """Row bounds (P + 1,) of what is dealt as a whole: shards, or ranges of them where few.
 
-    Under two shards for each lane would always bring the same rows together in a lane.
+    `shard_sizes` (S,) are rows of each shard, in order. Under two shards for each lane would always
+    bring the same rows together in a lane.
     """
-    edges = np.concatenate([[0], np.flatnonzero(np.diff(shards)) + 1, [len(shards)]])
-    num_shards = len(edges) - 1
-    if num_shards >= 2 * num_lanes:
+    sizes = shard_sizes[shard_sizes > 0]
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    if not len(sizes) or len(sizes) >= 2 * num_lanes:
         return edges
-    ranges = -(-4 * num_lanes // num_shards)
+    ranges = -(-4 * num_lanes // len(sizes))
     parts = np.arange(ranges) / ranges
-    inner = edges[:-1, None] + (np.diff(edges)[:, None] * parts[None]).astype(np.int64)
+    inner = edges[:-1, None] + (sizes[:, None] * parts[None]).astype(np.int64)
     return np.unique(np.concatenate([inner.ravel(), edges[-1:]]))
+
+
+def count_pieces(bounds: np.ndarray, bucket: np.ndarray, num_buckets: int) -> np.ndarray:
+    """(P, num_buckets) int64: rows of each bucket in each piece; those of -1 have none."""
+    pieces = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    kept = bucket >= 0
+    flat = np.bincount(
+        pieces[kept] * num_buckets + bucket[kept], minlength=(len(bounds) - 1) * num_buckets
+    )
+    return flat.reshape(-1, num_buckets)
 
 
 def _remember(

@@ -4,33 +4,52 @@ A sample that cannot be read (damaged, changed since indexing, caption unreadabl
 place by the plan's rule and reported in Batch.excluded; the next ones are not shifted.
 """
 
-import signal
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
+import xxhash
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from longtake.data.catalogue import Catalogue
-from longtake.data.plan import DataConfig, Plan
+from longtake.data.plan import Plan
+from longtake.data.plan_config import DataConfig
 from longtake.data.planned import Exclusion, MicroBatch, PlannedSample, excluded_at
 from longtake.data.reader import BadSample, Clip, SampleReader
+from longtake.data.storage import is_remote
+from longtake.data.tables import SampleTable
 from longtake.data.transforms import to_float
+from longtake.data.workers import Ahead, Workers
 
 __all__ = ["Batch", "Clip", "Loader", "read_batches"]
 
 
+class Position(NamedTuple):
+    """Where a micro-batch belongs."""
+
+    step: int
+    slot: int
+
+    def __str__(self) -> str:
+        return f"step {self.step}, slot {self.slot}"
+
+
+# Micro-batches whose remote samples a reader has under way: a store answers in 0.1 s or so.
+_POSITIONS_AHEAD = 8
+
+
 @dataclass
 class Batch:
-    """The clips of one micro-batch, and the samples that had to be left out of it."""
+    """The clips of one micro-batch, and the samples that had to be left out of it; `digest` is the
+    xxh3-64 (hex) of the clips, draws and pixels included."""
 
     step: int
     slot: int
     clips: list[Clip]
     excluded: list[Exclusion] = field(default_factory=list)
     counted: bool = True
+    digest: str = ""
 
     def stack_video(self) -> Tensor:
         """Pixels float32 (B, 3, T, H, W) in [-1, 1].
@@ -58,21 +77,61 @@ def _stack(tensors: Sequence[Tensor | None], name: str) -> Tensor:
     return torch.stack([tensor for tensor in tensors if tensor is not None])
 
 
-class _MicroBatches(Dataset[Any]):
-    """Map from (step, slot) to the packed batch; what a worker runs."""
+def digest_clips(clips: Sequence[Clip]) -> str:
+    """xxh3-64 (hex) of all that clips hand to the model, and of the seeds of its draws."""
+    state = xxhash.xxh3_64()
+    for clip in clips:
+        state.update(json.dumps([clip.sample.seed, clip.sample.times, clip.caption]).encode())
+        for tensor in (clip.video, clip.latents, clip.text):
+            if tensor is not None:
+                state.update(tensor.contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()
 
-    def __init__(self, plan: Plan, exclusions: Sequence[Exclusion]) -> None:
+
+def chain_digests(previous: str, digests: Iterable[str]) -> str:
+    """xxh3-128 (hex) of a history and what is added to it: equal chains saw equal batches."""
+    return xxhash.xxh3_128_hexdigest("/".join([previous, *digests]).encode())
+
+
+class _MicroBatches:
+    """Reads micro-batches, alone or as one of `num_readers` that take turns."""
+
+    def __init__(
+        self, plan: Plan, slots: range, exclusions: Sequence[Exclusion], num_readers: int
+    ) -> None:
         self._plan, self._exclusions = plan, tuple(exclusions)
-        self._reader = SampleReader(plan.catalogues, plan.config)
+        self._slots, self._num_readers = slots, num_readers
+        self._is_remote = _any_remote(plan.tables)
+        self._planned: dict[Position, MicroBatch] = {}
+        self._reader = SampleReader(plan.tables, plan.config)
 
-    def __getitem__(self, position: tuple[int, int]) -> "_Packed":
-        step, slot = position
-        planned = self._plan.micro_batch(step, slot, self._exclusions)
-        batch = Batch(step, slot, [])
-        excluded = excluded_at(self._exclusions, step)
+    def read(self, position: Position) -> Batch:
+        """The micro-batch of a (step, slot)."""
+        planned = self._plan_ahead(position)
+        batch = Batch(planned.step, planned.slot, [])
+        excluded = excluded_at(self._exclusions, planned.step)
         for sample in planned.samples:
             batch.clips.append(self._clip(sample, excluded, batch))
-        return _Packed(batch)
+        batch.digest = digest_clips(batch.clips)
+        return batch
+
+    def read_packed(self, position: Position) -> "_Packed":
+        """The same, ready to travel."""
+        return _Packed(self.read(position))
+
+    def _plan_ahead(self, position: Position) -> MicroBatch:
+        """The plan of one position; remote samples of the next ones begin to come."""
+        if not self._is_remote:
+            return self._plan.micro_batch(*position, self._exclusions)
+        coming = [position]
+        for _ in range(_POSITIONS_AHEAD):
+            coming.append(next_position(coming[-1], self._slots, self._num_readers))
+        self._planned = {
+            each: self._planned.get(each) or self._plan.micro_batch(*each, self._exclusions)
+            for each in coming
+        }
+        self._reader.prefetch([s for each in self._planned.values() for s in each.samples])
+        return self._planned[position]
 
     def _clip(self, sample: PlannedSample, excluded: frozenset[int], batch: Batch) -> Clip:
         # Nothing is remembered of earlier failures: what a batch holds must not depend on which
@@ -85,6 +144,13 @@ class _MicroBatches(Dataset[Any]):
             batch.excluded.append(Exclusion(sample.sample_id, batch.step, reason))
             excluded |= {sample.sample_id}
             sample = self._plan.replacement(sample, excluded)
+
+
+def next_position(position: Position, slots: range, turns: int) -> Position:
+    """The (step, slot) that lies `turns` positions behind another one of a rank's `slots`."""
+    step, slot = position
+    steps, index = divmod(slot - slots.start + turns, len(slots))
+    return Position(step + steps, slots[index])
 
 
 class _Packed:
@@ -103,6 +169,18 @@ class _Packed:
             if isinstance(joined, Tensor):
                 clips = [replace(clip, **{name: None}) for clip in clips]
         self._batch = replace(batch, clips=clips)
+
+    def pin(self) -> Self:
+        """In page-locked memory, from where copies to the GPU run beside other work."""
+        for name, joined in self._tensors.items():
+            if joined is not None:
+                self._tensors[name] = joined.pin_memory()
+        for clip in self._batch.clips:
+            for name in self._tensors:
+                tensor = getattr(clip, name)
+                if tensor is not None:
+                    setattr(clip, name, tensor.pin_memory())
+        return self
 
     def unpack(self) -> Batch:
         """The batch as it was."""
@@ -125,8 +203,9 @@ def _join(tensors: Sequence[Tensor | None], how: Any) -> Tensor | None:
 class Loader:
     """Batches of a rank's slots for each step from `start_step` on, without end.
 
-    The batches are the same for every number of workers. Exclusions are fixed for a loader's life:
-    after quarantining a sample, start another one at the next step.
+    The batches are the same for every number of workers, and for workers that are killed.
+    Exclusions are fixed for a loader's life: after quarantining a sample, start another one at the
+    next step.
     """
 
     def __init__(
@@ -137,55 +216,75 @@ class Loader:
         start_step: int = 0,
         exclusions: Sequence[Exclusion] = (),
         num_workers: int | None = None,
+        pin: bool | None = None,
     ) -> None:
-        """`num_workers` defaults to data.num_workers."""
-        self._slots, self._start = slots, start_step
-        workers = plan.config.num_workers if num_workers is None else num_workers
-        self._loader = DataLoader(
-            _MicroBatches(plan, exclusions),
-            batch_size=None,
-            sampler=_Positions(start_step, slots),  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_as_is,
-            persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_parent,
-            prefetch_factor=plan.config.prefetch_factor if workers else None,
-        )
+        """`num_workers` defaults to data.num_workers, `pin` (pinned host memory) to whether there
+        is a GPU."""
+        self._plan, self._slots, self._exclusions = plan, slots, exclusions
+        self._start = Position(start_step, slots.start)
+        self._num_workers = plan.config.num_workers if num_workers is None else num_workers
+        self._pin = torch.cuda.is_available() if pin is None else pin
+        self._open: list[Callable[[], None]] = []
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        """Starts workers, which end with the iteration.
+
+        Raises:
+            ChildProcessError: a worker died several times over one (step, slot).
+            StorageError: remote shards cannot be reached.
+        """
         batches: list[Batch] = []
-        for packed in self._loader:
-            batches.append(packed.unpack())
-            if len(batches) == len(self._slots):
-                yield batches
-                batches = []
+        try:
+            for batch in self._batches():
+                batches.append(batch)
+                if len(batches) == len(self._slots):
+                    yield batches
+                    batches = []
+        finally:
+            self.close()
 
+    def close(self) -> None:
+        """End the workers; a running iteration cannot go on."""
+        while self._open:
+            self._open.pop()()
 
-@dataclass(frozen=True)
-class _Positions:
-    start: int
-    slots: range
+    def _batches(self) -> Iterator[Batch]:
+        work = _MicroBatches(self._plan, self._slots, self._exclusions, max(1, self._num_workers))
+        if self._num_workers:
+            packed: Iterator[_Packed] = self._from_workers(work)
+        elif self._pin:
+            packed = map(work.read_packed, self._positions())
+        else:
+            return map(work.read, self._positions())
+        if self._pin:
+            packed = self._pinned(packed)
+        return map(_Packed.unpack, packed)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        step = self.start
+    def _from_workers(self, work: _MicroBatches) -> Iterator["_Packed"]:
+        workers = Workers(
+            work.read_packed,
+            self._positions(),
+            num_workers=self._num_workers,
+            ahead=self._plan.config.prefetch_factor,
+        )
+        self._open.append(workers.close)
+        return iter(workers)
+
+    def _pinned(self, packed: Iterator["_Packed"]) -> Iterator["_Packed"]:
+        """Pinning copies: in a thread, beside the training step."""
+        ahead = Ahead(map(_Packed.pin, packed), 2 * len(self._slots))
+        self._open.append(ahead.close)
+        return iter(ahead)
+
+    def _positions(self) -> Iterator[Position]:
+        position = self._start
         while True:
-            for slot in self.slots:
-                yield step, slot
-            step += 1
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """A scheduler signals every process; the training one finishes its step and needs its data."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _as_is(packed: _Packed) -> _Packed:
-    return packed
+            yield position
+            position = next_position(position, self._slots, 1)
 
 
 def read_batches(
-    catalogues: Sequence[Catalogue], config: DataConfig, micro_batches: Sequence[MicroBatch]
+    tables: Sequence[SampleTable], config: DataConfig, micro_batches: Sequence[MicroBatch]
 ) -> Iterator[Batch]:
     """Batches of a validation plan. A sample that cannot be read is left out, not replaced: the
     pass stays the same at every number of ranks. A batch that loses all its clips stands in with
@@ -194,9 +293,13 @@ def read_batches(
     Raises:
         ValueError: not one sample of the pass can be read.
     """
-    reader = SampleReader(catalogues, config)
+    reader = SampleReader(tables, config)
+    fetches_ahead = _any_remote(tables)
     spare: Clip | None = None
-    for planned in micro_batches:
+    for number, planned in enumerate(micro_batches):
+        if fetches_ahead:
+            coming = micro_batches[number : number + _POSITIONS_AHEAD]
+            reader.prefetch([sample for each in coming for sample in each.samples])
         batch = Batch(planned.step, planned.slot, [], counted=planned.counted)
         for sample in planned.samples:
             try:
@@ -210,6 +313,10 @@ def read_batches(
         else:
             spare = batch.clips[0]
         yield batch
+
+
+def _any_remote(tables: Sequence[SampleTable]) -> bool:
+    return any(is_remote(table.root) for table in tables)
 
 
 def _first_readable(reader: SampleReader, micro_batches: Sequence[MicroBatch]) -> Clip:

@@ -1,21 +1,22 @@
 """One planned sample: bytes, checked against the catalogue, to a clip."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-import numpy as np
+import xxhash
 from torch import Tensor
 
-from longtake.data.catalogue import Catalogue, column
 from longtake.data.decode import DecodeError, decode_clip
-from longtake.data.indexing import content_hash
-from longtake.data.latents import decode_sample, normalise, read_manifest
+from longtake.data.guard import DecodeGuard
+from longtake.data.latents import LatentManifest, decode_sample, normalise, read_manifest
 from longtake.data.plan_config import DataConfig
 from longtake.data.planned import PlannedSample
-from longtake.data.samples import LATENT_EXTENSION, SampleError, parse_meta
-from longtake.data.shards import ShardError, ShardReader, Span
+from longtake.data.samples import LATENT_EXTENSION, SampleError, SampleMeta, combine_meta
+from longtake.data.shards import ShardError, Span
+from longtake.data.storage import Shards
+from longtake.data.tables import SampleTable
 from longtake.data.transforms import covering_size, crop_clip
 
 
@@ -38,29 +39,30 @@ class Clip:
 
 
 class SampleReader:
-    """Reads planned samples of some catalogues. One for each process."""
+    """Reads planned samples of some tables. One for each process."""
 
-    def __init__(self, catalogues: Sequence[Catalogue], config: DataConfig) -> None:
-        self._decoder = config.decoder
-        self._shards = ShardReader()
-        self._sources = [_Source(catalogue) for catalogue in catalogues]
+    def __init__(self, tables: Sequence[SampleTable], config: DataConfig) -> None:
+        self._config = config
+        self._sources = [_Source(table, config) for table in tables]
+        self._decode = decode_clip
+        if config.decode_timeout is not None:
+            self._decode = DecodeGuard(config.decode_timeout, config.decode_memory).decode_clip
 
     def read(self, sample: PlannedSample) -> Clip:
         """Read, check and decode.
 
         Raises:
             BadSample: content other than indexed, a caption or payload that cannot be read.
+            StorageError: the shards cannot be reached, which is no fault of the sample.
         """
         source = self._sources[sample.dataset]
         try:
-            meta_bytes = self._member(source, sample.row, "meta")
-            payload = self._member(source, sample.row, "payload")
-            meta = parse_meta(source.text("meta_ext", sample.row), meta_bytes)
+            payload, meta = source.members(sample.row)
             caption = meta.captions.get(sample.caption_kind)
             if caption is None:
                 raise SampleError(f"caption of kind {sample.caption_kind!r} missing")
             clip = Clip(sample, caption, sample.fps, truth=meta.fields.get("truth"))
-            if source.text("ext", sample.row) == LATENT_EXTENSION:
+            if source.ext(sample.row) == LATENT_EXTENSION:
                 self._fill_latents(clip, source, payload)
             else:
                 self._fill_video(clip, source, payload)
@@ -68,20 +70,28 @@ class SampleReader:
             raise BadSample(str(error)) from error
         return clip
 
-    def _member(self, source: "_Source", row: int, name: str) -> bytes:
-        offset, size = source.numbers[f"{name}_offset"][row], source.numbers[f"{name}_size"][row]
-        path = source.root / source.text("shard", row)
-        data = self._shards.read(path, Span(int(offset), int(size)))
-        if content_hash(data) != source.text("xxh3" if name == "payload" else "meta_xxh3", row):
-            raise SampleError(f"{name} changed after indexing (xxh3 differs)")
-        return data
+    def meta(self, sample: PlannedSample) -> SampleMeta:
+        """All captions of a sample and the fields of its json; errors as of `read`."""
+        try:
+            return self._sources[sample.dataset].members(sample.row)[1]
+        except (SampleError, ShardError) as error:
+            raise BadSample(str(error)) from error
+
+    def prefetch(self, samples: Iterable[PlannedSample]) -> None:
+        """Start fetching remote samples that will be read soon."""
+        for index, source in enumerate(self._sources):
+            source.prefetch(sample.row for sample in samples if sample.dataset == index)
 
     def _fill_video(self, clip: Clip, source: "_Source", payload: bytes) -> None:
         _, height, width = clip.sample.shape
-        row = clip.sample.row
-        frame = int(source.numbers["height"][row]), int(source.numbers["width"][row])
-        size = covering_size(*frame, height, width)
-        frames = decode_clip(payload, clip.sample.times, decoder=self._decoder, size=size)
+        record = source.table.record(clip.sample.row)
+        frames = self._decode(
+            payload,
+            clip.sample.times,
+            decoder=self._config.decoder,
+            size=covering_size(record.height, record.width, height, width),
+            resize=self._config.resize,
+        )
         clip.video = crop_clip(frames, height, width, clip.sample.crop)
 
     def _fill_latents(self, clip: Clip, source: "_Source", payload: bytes) -> None:
@@ -98,15 +108,54 @@ class SampleReader:
 
 
 class _Source:
-    """Columns of a catalogue that reading needs."""
+    """The members of a table's samples."""
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        self.root: Path = catalogue.root
-        self._table = catalogue.table
-        names = ("payload_offset", "payload_size", "meta_offset", "meta_size", "height", "width")
-        self.numbers: dict[str, np.ndarray] = {n: column(catalogue.table, n) for n in names}
-        if catalogue.table.column("lt").null_count < len(catalogue):
-            self.manifest = read_manifest(catalogue.root)
+    def __init__(self, table: SampleTable, config: DataConfig) -> None:
+        self.table = table
+        self._shards = Shards(table.root, config.cache)
 
-    def text(self, name: str, row: int) -> str:
-        return self._table.column(name)[row].as_py()
+    @cached_property
+    def manifest(self) -> LatentManifest:
+        return read_manifest(self.table.root)
+
+    def ext(self, row: int) -> str:
+        return self.table.info.extensions[self.table.rows["ext"][row]]
+
+    def members(self, row: int) -> tuple[bytes, SampleMeta]:
+        """Payload and captions, as they were when they were indexed."""
+        shard, size = self.table.shard(row)
+        names, spans, digests = self._wanted(row)
+        found = self._shards.read(shard, spans, shard_bytes=size)
+        changed = _changed(names, found, digests)
+        if changed and self._shards.forget(shard, spans):  # the copy on this node may be at fault
+            found = self._shards.read(shard, spans, shard_bytes=size)
+            changed = _changed(names, found, digests)
+        if changed:
+            raise SampleError(f"{changed} changed after indexing (xxh3 differs)")
+        payload, *texts = found
+        return payload, combine_meta(list(zip(names[1:], texts, strict=True)))
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        self._shards.prefetch([(self.table.shard(row)[0], self._wanted(row)[1]) for row in rows])
+
+    def _wanted(self, row: int) -> tuple[list[str], list[Span], list[bytes]]:
+        """ "payload" and the extensions of the captions; place and xxh3 of each."""
+        record = self.table.record(row)
+        texts = self.table.texts(record)
+        return (
+            ["payload", self.table.info.extensions[record.meta_ext], *(t["ext"] for t in texts)],
+            [
+                Span(record.payload_offset, record.payload_size),
+                Span(record.meta_offset, record.meta_size),
+                *(Span(text["offset"], text["size"]) for text in texts),
+            ],
+            [record.xxh3, record.meta_xxh3, *(bytes.fromhex(text["xxh3"]) for text in texts)],
+        )
+
+
+def _changed(names: list[str], found: list[bytes], digests: list[bytes]) -> str:
+    """The first member whose bytes are not those that were indexed, or ""."""
+    for name, data, digest in zip(names, found, digests, strict=True):
+        if xxhash.xxh3_128_digest(data) != digest:
+            return name
+    return ""

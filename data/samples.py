@@ -1,30 +1,20 @@
-"""What the members of one sample mean: which is the payload, what its captions and facts are."""
+"""What json and txt members say of a sample: its captions by kind, and facts."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longtake.data.decode import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
-
 LATENT_EXTENSION = "safetensors"
-PAYLOAD_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS, LATENT_EXTENSION)
-META_EXTENSIONS = ("json", "txt")
+PLAIN_TEXTS = ("", "caption", "captions", "text")  # names of a txt that say nothing of its kind
+PLAIN_KINDS = ("dense", "short")  # what a plain caption serves as
 MAX_CAPTION_CHARS = 20_000
 MAX_NUMBER = 1e9  # of frames, pixels and the like: what the catalogue's int32 columns hold
 
 
 class SampleError(ValueError):
     """A sample that cannot be used; the message is the reason."""
-
-
-class NoCaptionError(SampleError):
-    """A sample whose json is in order but says nothing of captions; `fields` is what it says."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        super().__init__("caption missing")
-        self.fields = fields
 
 
 @dataclass(frozen=True)
@@ -79,38 +69,58 @@ class SampleMeta:
             ) from None
 
 
-def pick_members(extensions: Iterable[str]) -> tuple[str, list[str]]:
-    """The payload's extension and those of the captions (json first), as the shard spells them.
-
-    Raises:
-        SampleError: one is missing, or there are several payloads.
-    """
-    spelled = sorted(extensions)
-    payloads = [ext for ext in spelled if ext.lower() in PAYLOAD_EXTENSIONS]
-    if not payloads:
-        raise SampleError("no video, image or latents")
-    if len(payloads) > 1:
-        raise SampleError(f"several payloads: {', '.join(payloads)}")
-    metas = [ext for kind in META_EXTENSIONS for ext in spelled if ext.lower() == kind]
-    if not metas:
-        raise SampleError("caption missing: neither json nor txt")
-    return payloads[0], metas
-
-
 def parse_meta(ext: str, data: bytes) -> SampleMeta:
-    """Captions and facts from key.json or key.txt.
+    """Captions and facts of a sample that has one json or txt; see `combine_meta`."""
+    return combine_meta([(ext, data)])
 
-    A byte order mark is passed over, and an integer source_id becomes a string.
+
+def combine_meta(members: Sequence[tuple[str, bytes]]) -> SampleMeta:
+    """Captions and facts from the json and txt members of a sample, given as (extension, bytes).
+
+    A json says `captions` (kind → text, or a list of texts) or `caption`; `short.txt` is the
+    caption of kind short. A plain caption (`caption`, the first of a list, `txt`, `caption.txt`)
+    serves as the kinds dense and short where nothing else does, else it is the kind caption. Byte
+    order marks are passed over, and an integer source_id becomes a string.
 
     Raises:
-        SampleError: not UTF-8, not JSON; a caption is missing, empty or over 20 000 characters.
+        SampleError: not UTF-8, not JSON; two captions of one kind differ; a caption is missing,
+            empty or over 20 000 characters.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SampleError(f"caption is not UTF-8: byte {error.start} of the {ext}") from None
-    if ext == "txt":
-        return SampleMeta(_check_captions({"dense": text.strip(), "short": text.strip()}), {})
+    fields: dict[str, Any] = {}
+    captions: dict[str, str] = {}
+    plain: list[tuple[str, str]] = []  # (member, caption)
+    for ext, data in members:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise SampleError(f"caption is not UTF-8: byte {error.start} of the {ext}") from None
+        stem, _, kind = ext.rpartition(".")
+        if kind == "json":
+            fields = _parse_json(text)
+            named, said = _json_captions(fields)
+        elif stem in PLAIN_TEXTS:
+            named, said = {}, text.strip()
+        else:
+            named, said = {stem: text.strip()}, ""
+        if said:
+            plain.append((ext, said))
+        for name, caption in named.items():
+            if captions.setdefault(name, caption) != caption:
+                raise SampleError(f"ambiguous: two captions of kind {name!r} differ")
+    if len({caption for _, caption in plain}) > 1:
+        names = " and ".join(ext for ext, _ in plain)
+        raise SampleError(f"ambiguous: the captions of {names} differ")
+    for _, caption in plain[:1]:
+        free = [kind for kind in PLAIN_KINDS if kind not in captions]
+        if not free and caption not in captions.values():
+            free = ["caption"]
+        captions.update(dict.fromkeys(free, caption))
+    meta = SampleMeta(_check_captions(captions), fields)
+    check_text(fields)
+    return meta
+
+
+def _parse_json(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -119,14 +129,20 @@ def parse_meta(ext: str, data: bytes) -> SampleMeta:
         raise SampleError("the json is not an object")
     if isinstance(fields.get("source_id"), int) and not isinstance(fields["source_id"], bool):
         fields["source_id"] = str(fields["source_id"])
-    captions = fields.get("captions")
-    if captions is None and "caption" in fields:  # video2dataset, img2dataset
-        captions = {"dense": fields["caption"], "short": fields["caption"]}
-    meta = SampleMeta(_check_captions(captions) if captions else {}, fields)
-    check_text(fields)
-    if not captions:
-        raise NoCaptionError(fields)
-    return meta
+    return fields
+
+
+def _json_captions(fields: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """Captions by kind and the plain one ("" for none), unchecked."""
+    captions, plain = fields.get("captions"), fields.get("caption")
+    if isinstance(captions, list):
+        captions = {f"caption_{number}": text for number, text in enumerate(captions, start=1)}
+        plain = plain or captions.get("caption_1")
+    if captions and not isinstance(captions, dict):
+        raise SampleError("captions in the json is neither a mapping of kinds to texts nor a list")
+    if plain is not None and not isinstance(plain, str):
+        raise SampleError(f"caption in the json is {type(plain).__name__}, not a text")
+    return _check_captions(captions) if captions else {}, (plain or "").strip()
 
 
 def check_text(fields: dict[str, Any]) -> None:
@@ -141,11 +157,9 @@ def check_text(fields: dict[str, Any]) -> None:
         raise SampleError("the json is nested too deeply") from None
 
 
-def _check_captions(captions: object) -> dict[str, str]:
+def _check_captions(captions: dict[str, Any]) -> dict[str, str]:
     if not captions:
         raise SampleError("caption missing")
-    if not isinstance(captions, dict):
-        raise SampleError("captions in the json is not a mapping of kinds to texts")
     for kind, caption in captions.items():
         if not isinstance(caption, str):
             raise SampleError(f"caption {kind!r} is not a text")
@@ -154,7 +168,7 @@ def _check_captions(captions: object) -> dict[str, str]:
         if len(caption) > MAX_CAPTION_CHARS:
             raise SampleError(f"caption {kind!r} has {len(caption)} characters, over the limit")
         try:
-            caption.encode("utf-8")
+            f"{kind}{caption}".encode()
         except UnicodeEncodeError:
             raise SampleError(f"caption {kind!r} is not UTF-8: it holds half a character") from None
     return captions

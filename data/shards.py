@@ -1,37 +1,33 @@
 """Plain WebDataset tars: write, scan, read by offset.
 
-The scan is strict and its own: `tarfile` (and WebDataset on top of it) takes a damaged header in
-the middle for the end of the archive and silently loses the rest of the shard. Members are bytes;
-nothing here decodes, unpickles or executes them.
+The scan is strict and its own (see tars.py). Members are bytes; nothing here decodes, unpickles or
+executes them.
 """
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from tarfile import AREGTYPE, DIRTYPE, NUL, REGTYPE, HeaderError, TarInfo
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from longtake.data.tars import ShardError, Span, tar_members
+
+__all__ = [
+    "SampleEntry",
+    "ShardError",
+    "ShardReader",
+    "ShardScan",
+    "ShardWriter",
+    "Span",
+    "list_shards",
+    "scan_members",
+    "scan_shard",
+]
+
 # WebDataset opens `pipe:` URLs and unpickles members by default; its safe mode is read at import.
 os.environ["WDS_SECURE"] = "1"
-
-_BLOCK = 512
-_GNU_LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
-_MAX_EXTENDED_HEADER = 1 << 20
-
-
-class ShardError(ValueError):
-    """A shard that is damaged, unsafe or not what its catalogue says. The message names it."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a member's bytes lie in its tar."""
-
-    offset: int
-    size: int
 
 
 @dataclass
@@ -40,6 +36,15 @@ class SampleEntry:
 
     key: str
     members: dict[str, Span] = field(default_factory=dict)
+
+
+@dataclass
+class ShardScan:
+    """Samples in the order in which their keys first appear, and how many members of which kind
+    (their extension, or what is odd about their name) belong to no sample."""
+
+    samples: list[SampleEntry]
+    passed_over: Counter[str]
 
 
 class ShardWriter:
@@ -200,117 +205,35 @@ def scan_shard(path: Path | str) -> list[SampleEntry]:
         ShardError: the tar is cut, damaged or empty; holds links, devices, absolute or '..' names;
             or has two members of one name.
     """
+    return scan_members(path).samples
+
+
+def scan_members(path: Path | str) -> ShardScan:
+    """As `scan_shard`, with the members that belong to no sample."""
     path = Path(path)
     samples: dict[str, SampleEntry] = {}
+    passed_over: Counter[str] = Counter()
     with open(path, "rb") as file:
-        for name, span in _members(file, path):
+        for name, span in tar_members(file, path):
             folder, _, base = name.rpartition("/")
             stem, dot, ext = base.partition(".")
-            if not stem or not dot or base.startswith("__"):
-                continue  # README, .DS_Store, __index__ and the like are no part of any sample
-            key = f"{folder}/{stem}" if folder else stem
-            entry = samples.setdefault(key, SampleEntry(key))
-            if ext in entry.members:
-                raise ShardError(f"{path}: two members are named {name!r}; keys must be unique")
-            entry.members[ext] = span
+            if base.startswith("__"):  # WebDataset's own, such as __index__
+                passed_over["__name"] += 1
+            elif not stem:  # .DS_Store
+                passed_over["hidden"] += 1
+            elif not dot:  # README
+                passed_over["no extension"] += 1
+            else:
+                key = f"{folder}/{stem}" if folder else stem
+                entry = samples.setdefault(key, SampleEntry(key))
+                if ext in entry.members:
+                    raise ShardError(f"{path}: two members are named {name!r}; keys must be unique")
+                entry.members[ext] = span
     if not samples:
         raise ShardError(
             f"{path}: the tar holds no samples (key.ext members); remove it or make it again"
         )
-    return list(samples.values())
-
-
-def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, Span]]:
-    """Regular files of a tar as (name, span); a defect is an error, never a shorter list."""
-    end = os.fstat(file.fileno()).st_size
-    position, long_name, overrides = 0, None, {}
-    while True:
-        header = os.pread(file.fileno(), _BLOCK, position)
-        if len(header) < _BLOCK:
-            raise ShardError(
-                f"{path}: cut at byte {end}: no end mark; copy or make the shard again"
-            )
-        if header == NUL * _BLOCK:
-            _check_padding(file, path, position, end)
-            return
-        try:
-            info = TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except HeaderError as error:
-            raise ShardError(f"{path}: damaged tar header at byte {position}: {error}") from error
-        size = int(overrides.get("size", info.size))
-        start = position + _BLOCK
-        if size < 0 or start + size > end:
-            raise ShardError(
-                f"{path}: cut at byte {end} inside {info.name!r}; copy or make it again"
-            )
-        position = start + -(-size // _BLOCK) * _BLOCK
-        if info.type in (_GNU_LONG_NAME, _PAX, _PAX_GLOBAL):
-            data = _extended_header(file, path, start, size)
-            if info.type == _GNU_LONG_NAME:
-                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif info.type == _PAX:
-                overrides = _pax_records(data, path)
-            continue
-        name = str(overrides.get("path", long_name or info.name))
-        long_name, overrides = None, {}
-        name = _safe_name(name, path)
-        if info.type == DIRTYPE:
-            continue
-        if info.type not in (REGTYPE, AREGTYPE):
-            raise ShardError(
-                f"{path}: member {name!r} is a link, device or special file; only files are read"
-            )
-        yield name, Span(start, size)
-
-
-def _extended_header(file: BinaryIO, path: Path, start: int, size: int) -> bytes:
-    if size > _MAX_EXTENDED_HEADER:
-        raise ShardError(
-            f"{path}: extended header of {size} bytes at byte {start}; 1 MiB is the limit"
-        )
-    return os.pread(file.fileno(), size, start)
-
-
-def _pax_records(data: bytes, path: Path) -> dict[str, str | int]:
-    """`path` and `size` of a pax header made of "length key=value\\n" records."""
-    found: dict[str, str | int] = {}
-    while data.rstrip(b"\0"):
-        length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not len(length) + 2 < int(length) <= len(data):
-            raise ShardError(f"{path}: damaged pax header")
-        key, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        if not equals or (key == b"size" and not value.isdigit()):
-            raise ShardError(f"{path}: damaged pax header")
-        if key == b"path":
-            found["path"] = value.decode("utf-8", "surrogateescape")
-        elif key == b"size":
-            found["size"] = int(value)
-        data = data[int(length) :]
-    return found
-
-
-def _safe_name(name: str, path: Path) -> str:
-    while name.startswith("./"):
-        name = name[2:]
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name or "\\" in name:
-        raise ShardError(
-            f"{path}: member {name!r} has an absolute or '..' name; such tars are refused"
-        )
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ShardError(f"{path}: member {name!r} has a name that is not UTF-8") from None
-    return name.rstrip("/")
-
-
-def _check_padding(file: BinaryIO, path: Path, position: int, end: int) -> None:
-    file.seek(position)
-    while chunk := file.read(1 << 20):
-        if chunk.count(0) != len(chunk):
-            raise ShardError(
-                f"{path}: data follows the end mark at byte {position} of {end}: "
-                "joined tars are not read past the first; make them separate shards"
-            )
+    return ShardScan(list(samples.values()), passed_over)
 
 
 class ShardReader:
@@ -334,14 +257,17 @@ class ShardReader:
                 os.close(self._open.popitem(last=False)[1])
         else:
             self._open.move_to_end(path)
+        end = span.offset + span.size
+        if not 0 <= span.offset <= end <= os.fstat(fd).st_size:  # before memory is claimed for it
+            raise ShardError(
+                f"{path}: ends before byte {end}, where a member should; changed after indexing: "
+                "run `longtake index` again"
+            )
         data = os.pread(fd, span.size, span.offset)
         while len(data) < span.size:  # one pread returns at most 2 GiB
             more = os.pread(fd, span.size - len(data), span.offset + len(data))
             if not more:
-                raise ShardError(
-                    f"{path}: ends {span.size - len(data)} bytes short of a member; changed after "
-                    "indexing: run `longtake index` again"
-                )
+                raise ShardError(f"{path}: became shorter while it was read")
             data += more
         return data
 

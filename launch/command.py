@@ -49,3 +49,11 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
     return int(text)
+
+
+def steps(text: str) -> range:
+    """`A:B` → range(A, B); one number A → range(A, A + 1)."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if match is None or (match[2] and int(match[2]) <= int(match[1])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not A:B with A < B, such as 0:12")
+    return range(int(match[1]), int(match[2] or int(match[1]) + 1))

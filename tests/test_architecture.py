@@ -28,7 +28,7 @@ DOORS = {
     "duckdb": ("data/catalogue",),
     "ftfy": ("models/text",),
     "hydra": ("train/main", "train/__main__", "launch/"),
-    "matplotlib": ("train/report", "data/world/"),
+    "matplotlib": ("train/report", "data/world/", "launch/stats_plot"),
     "omegaconf": ("train/config", "train/main"),  # main: the type of what Hydra hands over
     "transformers": ("models/text", "train/export"),
     "wandb": ("train/tracking",),

@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from longtake.data.plan_config import check_data_config
+from longtake.data.costs import resolve_buckets
+from longtake.data.plan_config import DataConfig, check_data_config
 from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, require
 
 # Keys that may differ on resume: where things lie, how they are watched, how work is split.
@@ -29,6 +30,7 @@ FREE_KEYS = (
     *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
     *("train.keep_last", "train.num_threads", "train.device", "train.timeout"),
     *("train.deterministic", "data.num_workers", "data.prefetch_factor", "data.decoder"),
+    *("data.decode_timeout", "data.decode_memory", "data.cache"),
     *("data.val", "data.max_bad_fraction", "data.train.*.path", "data.train.*.catalogue"),
 )
 
@@ -48,6 +50,21 @@ def parse_config(cfg: Any) -> VAERun | DiTRun:
     choice("stage", stage, STAGES, "pick an experiment=... or a stage=...")
     config = _build(VAERun if stage == "vae" else DiTRun, tree, "")
     _check_run(config)
+    return dataclasses.replace(config, data=resolve_buckets(config.data))
+
+
+def parse_data_config(base: DataConfig, overrides: Sequence[str]) -> DataConfig:
+    """`base` changed by "data.key=value" words; ValueError as of `parse_config`."""
+    try:
+        changed = OmegaConf.merge({"data": _plain(base)}, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise ValueError(_first_line(error)) from error
+    tree = OmegaConf.to_container(changed, resolve=True)
+    assert isinstance(tree, dict)
+    for key in tree:
+        require(key == "data", f"{key}: only data.* can be changed here")
+    config = _build(DataConfig, tree["data"], "data")
+    check_data_config(config)
     return config
 
 
@@ -115,6 +132,7 @@ def _locate(tree: dict[str, Any]) -> None:
 def _check_run(config: VAERun | DiTRun) -> None:
     check_data_config(config.data)
     require(len(config.data.train) > 0, "data.train is empty: name at least one dataset")
+    require(not config.data.pack, "data.pack=true: the stages take one bucket per micro-batch")
     if isinstance(config, VAERun):
         require(not config.export.required, "export.required=true holds for stage=dit only")
         return

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from longtake.data.catalogue import Catalogue, build_catalogue, load_catalogue
 from longtake.data.latents import LatentWriter, TextCache, read_manifest
-from longtake.data.plan import DataConfig, DatasetConfig, PlannedSample, ValPlan
-from longtake.data.plan_config import BucketConfig
+from longtake.data.plan_config import BucketConfig, DataConfig, DatasetConfig
+from longtake.data.planned import PlannedSample
 from longtake.data.reader import BadSample, SampleReader
-from longtake.data.samples import parse_meta
-from longtake.data.shards import ShardReader, Span
+from longtake.data.tables import SampleTable
 from longtake.data.transforms import to_float
+from longtake.data.val_plan import ValPlan
 from longtake.models.text import TextConfig, TextEncoder, Tokenizer
 from longtake.models.vae import vae_hash
 from longtake.train.codec import text_hash
@@ -104,9 +104,9 @@ def encode_shards(vae: Path, shards: Path, out: Path, options: EncodeOptions) ->
     digest = vae_hash(loaded.vae.state_dict(), loaded.vae.config)
     catalogue = load_catalogue(shards, options.catalogue)
     config = data_config(loaded, catalogue, shards, options)
-    plan = ValPlan([catalogue], config, loaded.config.seed, len(catalogue))
-    filtered = plan.catalogues[0]
-    job = describe_job(digest, filtered, config, options)
+    plan = ValPlan.from_catalogues([catalogue], config, loaded.config.seed, len(catalogue))
+    table = plan.tables[0]
+    job = describe_job(digest, table, config, options)
     if out.exists() and any(out.iterdir()):
         return already_done(out, job)
     if options.stats_from is not None:
@@ -117,15 +117,17 @@ def encode_shards(vae: Path, shards: Path, out: Path, options: EncodeOptions) ->
     if options.text.kind == "pretrained":
         text = replace(text, encoder=TextEncoder(options.text).to(device).eval())
     staging = prepare_staging(out, job)
-    by_shard = group_by_shard(plan, filtered)
+    by_shard = group_by_shard(plan)
     reused = 0
     with Progress() as progress:
+        for line in table.drops():
+            progress.console.print(line, markup=False)
         bar = progress.add_task("encode", total=sum(map(len, by_shard.values())))
         for name, samples in by_shard.items():
             if (staging / name).is_file():
                 reused += 1
             else:
-                encoder = ShardEncoder(loaded, filtered, config, text, stats, options.batch_size)
+                encoder = ShardEncoder(loaded, table, config, text, stats, options.batch_size)
                 encoder.write(staging, name, samples)
             progress.advance(bar, len(samples))
     return finish(staging, out, vae, catalogue.dataset, reused)
@@ -155,6 +157,10 @@ def data_config(
         buckets=[replace(bucket, batch_size=options.batch_size) for bucket in buckets],
         fps=options.fps or data.fps,
         decoder=data.decoder,
+        resize=data.resize,
+        decode_timeout=data.decode_timeout,
+        decode_memory=data.decode_memory,
+        cache=data.cache,
     )
 
 
@@ -165,15 +171,16 @@ def caption_kinds(catalogue: Catalogue) -> tuple[str, ...]:
 
 
 def describe_job(
-    digest: str, catalogue: Catalogue, config: DataConfig, options: EncodeOptions
+    digest: str, table: SampleTable, config: DataConfig, options: EncodeOptions
 ) -> dict[str, Any]:
     """All that the encoded bytes depend on; a half-done folder of another job is not continued."""
     return {
         "vae_hash": digest,
-        "source": catalogue.fingerprint,
+        "source": table.info.fingerprint,
         "buckets": [bucket.name for bucket in config.buckets],
         "captions": sorted(config.val[0].captions),
         "fps": config.fps,
+        "resize": config.resize,
         "text": asdict(options.text),
         "stats_from": None if options.stats_from is None else str(options.stats_from.resolve()),
     }
@@ -202,13 +209,13 @@ def prepare_staging(out: Path, job: dict[str, Any]) -> Path:
     return staging
 
 
-def group_by_shard(plan: ValPlan, catalogue: Catalogue) -> dict[str, list[PlannedSample]]:
+def group_by_shard(plan: ValPlan) -> dict[str, list[PlannedSample]]:
     """Samples of each source shard, in order, bucket by bucket."""
-    names = catalogue.table.column("shard").to_pylist()
+    table = plan.tables[0]
     groups: dict[str, list[PlannedSample]] = defaultdict(list)
     for batch in plan.micro_batches(0, 1):
         for sample in batch.samples:
-            groups[names[sample.row]].append(sample)
+            groups[table.shard(sample.row)[0]].append(sample)
     return dict(sorted(groups.items()))
 
 
@@ -218,17 +225,16 @@ class ShardEncoder:
     def __init__(
         self,
         loaded: LoadedVAE,
-        catalogue: Catalogue,
+        table: SampleTable,
         config: DataConfig,
         text: EncodedText,
         stats: LatentStats,
         batch_size: int,
     ) -> None:
-        self.loaded, self.catalogue, self.text, self.stats = loaded, catalogue, text, stats
+        self.loaded, self.table, self.text, self.stats = loaded, table, text, stats
         self.kinds = list(config.val[0].captions)
         self.batch_size = batch_size
-        self.samples = SampleReader([catalogue], config)
-        self.members = ShardReader()
+        self.samples = SampleReader([table], config)
         self.device = next(loaded.vae.parameters()).device
         self.skipped: list[dict[str, str]] = []
 
@@ -252,7 +258,7 @@ class ShardEncoder:
             empty_text=empty,
             mean=self.stats.mean,
             std=self.stats.std,
-            dataset=self.catalogue.dataset,
+            dataset=self.table.info.dataset,
             max_samples=len(samples) + 1,
             max_bytes=2**62,  # one source shard, one tar
         ) as writer:
@@ -288,7 +294,7 @@ class ShardEncoder:
                 self.skipped.append({"key": sample.key, "reason": str(error)})
                 continue
             if video is None:
-                raise ValueError(f"{self.catalogue.root}: holds latents already, not pixels")
+                raise ValueError(f"{self.table.root}: holds latents already, not pixels")
             if batch and (len(batch) == self.batch_size or videos[0].shape != video.shape):
                 yield batch, videos
                 batch, videos = [], []
@@ -306,11 +312,7 @@ class ShardEncoder:
 
     def _meta(self, sample: PlannedSample) -> dict[str, Any]:
         """key.json of the latents: what the clip's own said, and how it was cut."""
-        row = self.catalogue.table.slice(sample.row, 1).to_pylist()[0]
-        span = Span(row["meta_offset"], row["meta_size"])
-        meta = parse_meta(
-            row["meta_ext"], self.members.read(self.catalogue.root / row["shard"], span)
-        )
+        meta = self.samples.meta(sample)
         frames, height, width = sample.shape
         return {
             "captions": meta.captions,

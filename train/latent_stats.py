@@ -82,7 +82,7 @@ def stats_of_latents(folder: Path, vae_hash: str) -> LatentStats:
 
 def clip_batches(plan: Plan, num_clips: int) -> Iterator[Tensor]:
     """The first `num_clips` clips of the plan as (B, 3, T, H, W) in [-1, 1], B ≤ 16."""
-    reader = SampleReader(plan.catalogues, plan.config)
+    reader = SampleReader(plan.tables, plan.config)
     left = num_clips
     for step in count():
         for micro_batch in plan.step(step):

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from longtake.data.latents import read_empty_text, read_manifest, refuse_other_vae
-from longtake.data.plan import Plan, ValPlan, rank_slots
+from longtake.data.plan import Plan, rank_slots
+from longtake.data.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.codec import check_text, keep_manifest, load_codec
 from longtake.train.config import (
@@ -50,6 +51,7 @@ from longtake.train.trainer import Training, Validation
 FRESH: dict[str, Any] = {
     "step": 0,
     "samples_seen": 0,
+    "data_hash": "",
     "exclusions": [],
     "losses": {"sums": [], "weight": 0.0},
 }
@@ -172,6 +174,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         losses=losses,
         step=state["step"],
         samples_seen=state["samples_seen"],
+        data_hash=state["data_hash"],
     )
 
 

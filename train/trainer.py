@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from longtake.data.loader import Batch, Loader, read_batches
-from longtake.data.plan import Exclusion, Plan, ValPlan
+from longtake.data.loader import Batch, Loader, chain_digests, read_batches
+from longtake.data.plan import Exclusion, Plan
+from longtake.data.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.config import to_tree
 from longtake.train.console import RunConsole
@@ -53,7 +54,7 @@ class Validation:
         if self.plan is None:
             return iter(())
         micro_batches = self.plan.micro_batches(rank, world_size)
-        return read_batches(self.plan.catalogues, self.config.data, micro_batches)
+        return read_batches(self.plan.tables, self.plan.config, micro_batches)
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Training:
     losses: WeightedMean  # since the last log row
     step: int
     samples_seen: int
+    data_hash: str  # of every batch so far, in order: the same at any number of ranks
 
     def __post_init__(self) -> None:
         self._loader = self._load_from(self.step)
@@ -109,6 +111,7 @@ class Training:
             "tokens": sum(self.task.tokens(sample) for sample in samples),
             "samples": len(samples),
             "stop": self.signals.received,
+            "data": [batch.digest for batch in batches],
             "bad": [asdict(exclusion) for batch in batches for exclusion in batch.excluded],
         }
         reports = self.ranks.gather(report)
@@ -119,6 +122,7 @@ class Training:
                 self.console.say(f"left out from here on: {exclusion.reason}")
             self.quarantine.check(self.samples_seen)
             self._loader = self._load_from(self.step + 1)
+        self.data_hash = chain_digests(self.data_hash, (d for r in reports for d in r["data"]))
         weight, tokens, count = (
             sum(r[k] for r in reports) for k in ("weight", "tokens", "samples")
         )
@@ -153,6 +157,7 @@ class Training:
         state = {
             "step": self.step,
             "samples_seen": self.samples_seen,
+            "data_hash": self.data_hash,
             "losses": self.losses.state(self.ranks),
             "exclusions": self.quarantine.state(),
             "plan": self.plan.fingerprint,
@@ -230,7 +235,8 @@ def train(run: Training) -> bool:
         speed.count(agreed.samples, agreed.tokens)
         if run.step % config.log_every == 0 or run.step == config.steps:
             row = {"lr": lr, "grad_norm": result.grad_norm, "samples_seen": run.samples_seen}
-            run.log({**losses.read(run.ranks), **row, **speed.read()})  # a host sync
+            row |= {**losses.read(run.ranks), **speed.read()}  # a host sync
+            run.log({**row, "data_hash": run.data_hash})
         run.console.advance(run.step)
 
 

@@ -14,8 +14,6 @@ from longtake.data.catalogue import build_catalogue, load_catalogue
 from longtake.data.catalogue_filters import split_clauses
 from longtake.data.decode import encode_image
 from longtake.data.indexing import name_hash
-from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, ValPlan
-from longtake.data.reader import SampleReader
 from tests.data.toy import toy_dataset, toy_frames, toy_meta, toy_video, write_shards
 
 
@@ -116,15 +114,8 @@ def test_shards_of_other_tools_are_read(tmp_path: Path) -> None:
     assert all(dict(row["caption_chars"]) == {"dense": 5, "short": 5} for row in rows)
     assert (rows[0]["ext"], rows[0]["meta_ext"]) == ("mp4", "txt")
     assert rows[2]["source_id"] == name_hash("d", "17")
-    assert (rows[3]["meta_ext"], rows[3]["licence"]) == ("txt", "CC0")
-    config = DataConfig(
-        val=[DatasetConfig(str(tmp_path), captions={"short": 1.0})],
-        buckets=[BucketConfig(9, 32, 32, 4)],
-    )
-    plan = ValPlan([catalogue], config, 0, 4)
-    reader = SampleReader(plan.catalogues, config)
-    for sample in plan.micro_batches(0, 1)[0].samples:
-        assert reader.read(sample).caption == "a cat"
+    assert (rows[3]["meta_ext"], rows[3]["licence"]) == ("json", "CC0")
+    assert [text["ext"] for text in rows[3]["texts"]] == ["txt"]
     lines = catalogue.rejections(limit=1)
     assert lines[0] == "rejected 2:" and "neither" in lines[1] and "1 more" in lines[2]
 
@@ -176,7 +167,6 @@ def test_a_damaged_shard_stops_the_index_and_keeps_the_old_catalogue(tmp_path: P
     second.write_bytes(whole[:3000])
     with pytest.raises(ValueError, match=r"shard-000001\.tar: cut at byte 3000"):
         build_catalogue(tmp_path, progress=False)
-    assert [p.name for p in tmp_path.iterdir() if "catalogue" in p.name] == ["catalogue"]
     second.write_bytes(whole)
     assert load_catalogue(tmp_path).fingerprint == before.fingerprint
 
@@ -243,8 +233,8 @@ def test_filters_count_what_each_clause_drops(tmp_path: Path) -> None:
         ("frame > 2", 'column "frame" not found'),
         ("frames >", "where='frames >'"),
         ("frames > 1000", "leaves no sample: 'frames > 1000' drops 4"),
-        ("frames > 1; DROP TABLE catalogue", "syntax error"),
-        ("(SELECT count(*) FROM read_csv('/etc/passwd')) > 0", "disabled"),
+        ("frames > 1; DROP TABLE catalogue", "';' is no part of an expression"),
+        ("(SELECT count(*) FROM read_csv('/etc/passwd')) > 0", "looks at other rows"),
     ],
 )
 def test_bad_filters_are_errors_that_quote_them(tmp_path: Path, where: str, message: str) -> None:

@@ -22,7 +22,7 @@ from tests.data.toy import toy_frames, toy_video
 
 
 def psnr(one: np.ndarray, two: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.mean((one.astype(float) - two) ** 2)))
+    return float(10 * np.log10(255**2 / max(np.mean((one.astype(float) - two) ** 2), 1e-9)))
 
 
 def _numbered(count: int) -> np.ndarray:

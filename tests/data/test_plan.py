@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.data.buckets import assign_buckets
 from longtake.data.catalogue import Catalogue
-from longtake.data.lanes import Lanes, interleave
+from longtake.data.lanes import Lanes, count_pieces, cut_pieces, interleave
 from longtake.data.plan import (
     BucketConfig,
     DataConfig,
@@ -19,9 +18,9 @@ from longtake.data.plan import (
     MicroBatch,
     Plan,
     PlannedSample,
-    ValPlan,
     rank_slots,
 )
+from longtake.data.plan_config import CacheConfig
 from tests.data.toy import synthetic_catalogue
 
 SHAPES = [(17, 32, 32), (17, 32, 48), (9, 32, 32), (1, 32, 32)]
@@ -55,7 +54,7 @@ def plans(draw: st.DrawFn) -> Plan:
     buckets = [BucketConfig(*s, b) for s, b in zip(SHAPES, batch_sizes, strict=False)]
     window = draw(st.integers(1, 6))
     config = _config(buckets, slots, shuffle_shards=window)
-    return Plan([catalogue], config, draw(st.integers(0, 2**40)))
+    return Plan.from_catalogues([catalogue], config, draw(st.integers(0, 2**40)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,31 +63,58 @@ def test_a_visit_sees_every_eligible_sample_once(plan: Plan) -> None:
     size = plan.num_samples
     seen: dict[int, list[int]] = defaultdict(list)
     lanes_of: dict[tuple[int, int], set[int]] = defaultdict(set)
-    smallest = min(bucket.batch_size for bucket in plan.config.buckets)
+    smallest = min(bucket.batch_size or 1 for bucket in plan.config.buckets)
     steps = 3 * size // (plan.num_slots * smallest) + 3 * len(plan.config.buckets)
     for step in range(steps):
         for batch in plan.step(step):
             for sample in batch.samples:
                 seen[sample.visit].append(sample.sample_id)
                 lanes_of[sample.visit, sample.sample_id].add(batch.slot)
-    everyone = set(np.asarray(plan.catalogues[0].table.column("sample_id")).tolist())
+    everyone = set(plan.tables[0].rows["sample_id"].tolist())
     for visit in (0, 1):
         assert Counter(seen[visit]) == Counter(everyone)
     assert all(len(lanes) == 1 for lanes in lanes_of.values()), "a sample on two ranks in a visit"
     assert seen[0] != seen[1], "visits are shuffled anew"
 
 
+@settings(max_examples=30, deadline=None)
+@given(plans(), st.integers(1, 8), st.integers(0, 3))
+def test_all_nodes_together_fetch_the_data_once_an_epoch(
+    plan: Plan, nodes: int, first_epoch: int
+) -> None:
+    """Bytes are fetched sample by sample; a node keeps what it has fetched for the epoch."""
+    nodes = max(n for n in range(1, nodes + 1) if plan.num_slots % n == 0)
+    node_of = {
+        slot: node for node in range(nodes) for slot in rank_slots(plan.num_slots, node, nodes)
+    }
+    rows = plan.tables[0].rows
+    whole = int((rows["payload_size"] + rows["meta_size"]).sum())
+    fetched: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    total: Counter[int] = Counter()
+    epochs = range(first_epoch, first_epoch + 2)
+    each = max(bucket.batch_size or 1 for bucket in plan.config.buckets) * plan.num_slots
+    for step in range((epochs.stop + 1) * plan.num_samples // plan.num_slots + each):
+        for batch in plan.step(step):
+            for sample in batch.samples:
+                taken = (node_of[batch.slot], sample.sample_id)
+                if taken not in fetched[sample.visit]:
+                    fetched[sample.visit].add(taken)
+                    total[sample.visit] += plan.num_bytes(sample)
+    for epoch in epochs:
+        assert whole <= total[epoch] <= 1.05 * whole
+
+
 @settings(max_examples=40, deadline=None)
 @given(plans(), st.integers(0, 10**12), st.integers(1, 20))
 def test_a_step_computed_directly_equals_the_step_reached(plan: Plan, far: int, near: int) -> None:
-    fresh = Plan(plan.catalogues, plan.config, plan.seed)
+    fresh = Plan(plan.tables, plan.config, plan.seed)
     walked = [plan.step(k) for k in range(near + 1)]
     assert fresh.step(near) == walked[near]
     assert fresh.micro_batch(near, plan.num_slots - 1) == walked[near][-1]
     direct = fresh.step(far)
     assert plan.step(far) == direct and len(direct) == plan.num_slots
     assert len({(b.cost, len(b.samples), b.samples[0].shape) for b in direct}) == 1
-    assert Plan(plan.catalogues, plan.config, plan.seed + 1).step(near) != walked[near]
+    assert Plan(plan.tables, plan.config, plan.seed + 1).step(near) != walked[near]
 
 
 @settings(max_examples=30, deadline=None)
@@ -122,7 +148,7 @@ def test_an_exclusion_changes_one_sample_only(plan: Plan, step: int, pick: int, 
 
 
 def test_excluding_more_than_one_chains_to_the_next_candidate() -> None:
-    plan = Plan(
+    plan = Plan.from_catalogues(
         [synthetic_catalogue([40], SHAPES[:1])], _config([BucketConfig(17, 32, 32, 2)], 2), 1
     )
     exclusions: list[Exclusion] = []
@@ -131,13 +157,13 @@ def test_excluding_more_than_one_chains_to_the_next_candidate() -> None:
         assert first.sample_id not in {e.sample_id for e in exclusions}
         exclusions.append(Exclusion(first.sample_id, 0, "test"))
     assert plan.bad_fraction(exclusions) == 38 / 40
-    all_of_them = np.asarray(plan.catalogues[0].table.column("sample_id")).tolist()
+    all_of_them = plan.tables[0].rows["sample_id"].tolist()
     with pytest.raises(ValueError, match="no replacement is left"):
         plan.step(0, [Exclusion(i, 0, "test") for i in all_of_them])
 
 
 def test_a_replacement_does_not_repeat_the_draws_of_its_own_place() -> None:
-    plan = Plan(
+    plan = Plan.from_catalogues(
         [synthetic_catalogue([40], SHAPES[:1])], _config([BucketConfig(17, 32, 32, 2)], 2), 1
     )
     original = plan.micro_batch(0, 0).samples[0]
@@ -152,7 +178,7 @@ def test_mixtures_follow_their_weights_with_own_visits() -> None:
     big = synthetic_catalogue([50] * 8, SHAPES[:1], dataset="big")
     small = synthetic_catalogue([50] * 2, SHAPES[:1], dataset="small")
     config = _config([BucketConfig(17, 32, 32, 2)], 4, weights=(1.0, 2.0))
-    plan = Plan([big, small], config, 3)
+    plan = Plan.from_catalogues([big, small], config, 3)
     counts, visits = Counter(), defaultdict(Counter)
     for step in range(75):  # 600 samples: one visit of big, two of small
         samples = _samples(plan.step(step))
@@ -168,7 +194,7 @@ def test_buckets_take_steps_in_proportion_and_steps_mix_no_shapes() -> None:
     shapes = [(17, 32, 32), (17, 32, 32), (17, 32, 32), (1, 32, 32)]
     catalogue = synthetic_catalogue([100] * 8, shapes)
     config = _config([BucketConfig(17, 32, 32, 1), BucketConfig(1, 32, 32, 4)], 4)
-    plan = Plan([catalogue], config, 0)
+    plan = Plan.from_catalogues([catalogue], config, 0)
     taken = Counter(_samples(plan.step(k))[0].shape for k in range(400))
     videos, images = (int(n) for n in plan.lanes[0].totals)
     expected = 400 * videos / (videos + images / 4)
@@ -195,9 +221,9 @@ def test_interleave_is_even_and_counts_each_item(weights: list[int], shift: int)
 def test_the_next_sample_rarely_comes_from_the_same_shard() -> None:
     """A buffer of 100 draws the same shard 27 % of the time; the ideal for 16 shards is 1/16."""
     shards = np.repeat(np.arange(512), 100)
-    lanes = Lanes(
-        shards, np.zeros(len(shards), np.int16), num_buckets=1, num_lanes=8, window=16, seed=5
-    )
+    bucket, bounds = np.zeros(len(shards), np.int16), cut_pieces(np.full(512, 100), 8)
+    counts = count_pieces(bounds, bucket, 1)
+    lanes = Lanes(bounds, counts, bucket, num_lanes=8, window=16, seed=5)
     drawn = np.array([shards[lanes.locate(0, 3, i).row] for i in range(6400)])
     same = float((np.diff(drawn) == 0).mean())
     assert same <= 1.1 / 16
@@ -206,7 +232,7 @@ def test_the_next_sample_rarely_comes_from_the_same_shard() -> None:
 
 def test_lanes_never_drift_apart() -> None:
     catalogue = synthetic_catalogue([37, 5, 61, 3, 80, 7, 9, 40], SHAPES[:1])
-    plan = Plan([catalogue], _config([BucketConfig(17, 32, 32, 1)], 8), 0)
+    plan = Plan.from_catalogues([catalogue], _config([BucketConfig(17, 32, 32, 1)], 8), 0)
     for step in (0, 1000, 10**6, 10**9):
         visits = {batch.samples[0].visit for batch in plan.step(step)}
         assert max(visits) - min(visits) <= 1
@@ -219,10 +245,10 @@ def _row(frames: int, height: int, width: int, fps: float = 8.0) -> Catalogue:
 
 def test_bucket_choice_is_nearest_aspect_then_longest() -> None:
     buckets = [
-        BucketConfig(17, 32, 32, 1),
-        BucketConfig(33, 32, 32, 1),
-        BucketConfig(17, 32, 64, 1),
-        BucketConfig(17, 64, 64, 1),
+        BucketConfig(17, 32, 32, 1, True),
+        BucketConfig(33, 32, 32, 1, True),
+        BucketConfig(17, 32, 64, 1, True),
+        BucketConfig(17, 64, 64, 1, True),
     ]
     config = _config(buckets, 1, window="start")
     for (frames, height, width), expected in {
@@ -233,8 +259,8 @@ def test_bucket_choice_is_nearest_aspect_then_longest() -> None:
         (40, 70, 70): 1,  # the longest that fits comes before the largest
         (17, 32, 32): 0,
     }.items():
-        got = assign_buckets(_row(frames, height, width), config.train[0], config)
-        assert set(got.bucket.tolist()) == {expected}, (frames, height, width)
+        plan = Plan.from_catalogues([_row(frames, height, width)], config, 0)
+        assert set(plan.tables[0].bucket.tolist()) == {expected}, (frames, height, width)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +277,7 @@ def test_clips_that_fit_no_bucket_are_counted_drops(
 ) -> None:
     config = _config([BucketConfig(17, 32, 32, 1)], 2, fps=fps)
     with pytest.raises(ValueError, match="no sample of 8 fits") as caught:
-        Plan([_row(*row)], config, 0)
+        Plan.from_catalogues([_row(*row)], config, 0)
     assert reason in str(caught.value)
 
 
@@ -259,7 +285,7 @@ def test_summary_prints_drops_and_shares() -> None:
     catalogue = synthetic_catalogue([60, 60], [(17, 32, 32), (9, 32, 32), (1, 32, 32)])
     config = _config([BucketConfig(17, 32, 32, 2), BucketConfig(1, 32, 32, 4)], 2)
     config.train[0].where = "key < 'k000100'"
-    text = Plan([catalogue], config, 0).summary()
+    text = Plan.from_catalogues([catalogue], config, 0).summary()
     assert "dropped, where key < 'k000100': 20" in text
     assert "bucket 17x32x32:" in text and "bucket 1x32x32:" in text and "% of steps" in text
 
@@ -269,22 +295,24 @@ def test_missing_caption_kinds_drop_and_shares_are_kept() -> None:
     config = _config([BucketConfig(17, 32, 32, 4)], 2)
     config.train[0].captions = {"dense": 0.75, "short": 0.25, "zh": 5.0}
     kinds = Counter(
-        s.caption_kind for k in range(50) for s in _samples(Plan([catalogue], config, 0).step(k))
+        s.caption_kind
+        for k in range(50)
+        for s in _samples(Plan.from_catalogues([catalogue], config, 0).step(k))
     )
     assert kinds.keys() == {"dense", "short"}, "zh is not there, the others share its part"
     assert 60 <= kinds["short"] <= 140
     config.train[0].captions = {"zh": 1.0}
     with pytest.raises(ValueError, match="no caption of kind zh': 400"):
-        Plan([catalogue], config, 0)
+        Plan.from_catalogues([catalogue], config, 0)
 
 
 def test_a_bucket_that_cannot_fill_is_named() -> None:
     catalogue = synthetic_catalogue([20], SHAPES[:1])
     config = _config([BucketConfig(17, 32, 32, 2), BucketConfig(33, 32, 32, 1)], 4)
     with pytest.raises(ValueError, match=r"data\.buckets\[1\] 33x32x32 can never fill: 0 samples"):
-        Plan([catalogue], config, 0)
+        Plan.from_catalogues([catalogue], config, 0)
     with pytest.raises(ValueError, match=r"data\.buckets\[0\] 17x32x32 can never fill: 20 samples"):
-        Plan([catalogue], _config([BucketConfig(17, 32, 32, 6)], 4), 0)
+        Plan.from_catalogues([catalogue], _config([BucketConfig(17, 32, 32, 6)], 4), 0)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +327,11 @@ def test_a_bucket_that_cannot_fill_is_named() -> None:
         ({"num_workers": -1}, r"data\.num_workers=-1"),
         ({"max_bad_fraction": 2.0}, r"data\.max_bad_fraction=2\.0"),
         ({"buckets": []}, r"data\.buckets=\[\]"),
+        ({"train": []}, r"data\.train=\[\] must name at least one"),
+        ({"resize": "area"}, r"data\.resize='area'"),
+        ({"decode_timeout": 0.0}, r"data\.decode_timeout=0\.0"),
+        ({"decode_memory": 1}, r"data\.decode_memory=1 "),
+        ({"cache": CacheConfig(max_bytes=1)}, r"data\.cache\.max_bytes=1"),
         ({"buckets": [BucketConfig(0, 32, 32, 1)]}, r"data\.buckets\[0\]\.frames=0"),
         ({"buckets": [BucketConfig(1, 32, 32, 1)] * 2}, "lists 1x32x32 twice"),
         ({"train": [DatasetConfig("x", weight=0)]}, r"data\.train\[0\]\.weight=0"),
@@ -309,13 +342,15 @@ def test_a_bucket_that_cannot_fill_is_named() -> None:
 def test_config_errors_name_the_key(change: dict[str, object], message: str) -> None:
     config = replace(_config([BucketConfig(17, 32, 32, 1)], 2), **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        Plan([synthetic_catalogue([8], SHAPES[:1])], config, 0)
+        Plan.from_catalogues([synthetic_catalogue([8], SHAPES[:1])], config, 0)
 
 
 def test_long_clips_are_cut_and_resampled_inside_their_length() -> None:
     catalogue = synthetic_catalogue([40], [(300, 32, 32)], fps=30.0)
     config = _config([BucketConfig(17, 32, 32, 2)], 2, fps=16.0, crop="random")
-    samples = [s for k in range(40) for s in _samples(Plan([catalogue], config, 0).step(k))]
+    samples = [
+        s for k in range(40) for s in _samples(Plan.from_catalogues([catalogue], config, 0).step(k))
+    ]
     starts = np.array([s.times[0] for s in samples])
     assert starts.min() >= 0 and max(s.times[-1] for s in samples) <= 299 / 30 + 1e-3
     assert starts.min() < 1 and starts.max() > 7.5
@@ -323,7 +358,7 @@ def test_long_clips_are_cut_and_resampled_inside_their_length() -> None:
     crops = np.array([s.crop for s in samples])
     assert crops.min() >= 0 and crops.max() < 1 and crops.std() > 0.2
     again = _config([BucketConfig(17, 32, 32, 2)], 2, window="center")
-    times = Plan([catalogue], again, 0).step(0)[0].samples[0].times
+    times = Plan.from_catalogues([catalogue], again, 0).step(0)[0].samples[0].times
     assert times[0] == 142 / 30 and times[-1] == 142 / 30 + 16 / 30
 
 
@@ -332,53 +367,11 @@ def test_fingerprint_covers_what_steps_depend_on_and_nothing_else() -> None:
 
     def fingerprint(seed: int = 0, **options: object) -> str:
         config = replace(_config([BucketConfig(17, 32, 32, 2)], 2), **options)  # type: ignore
-        return Plan([catalogue], config, seed).fingerprint
+        return Plan.from_catalogues([catalogue], config, seed).fingerprint
 
     assert fingerprint() == fingerprint(num_workers=3, max_bad_fraction=0.5)
     others = [fingerprint(1), fingerprint(crop="random"), fingerprint(shuffle_shards=3)]
     assert len({fingerprint(), *others}) == 4
-
-
-def test_validation_is_a_fixed_pass_divided_over_ranks() -> None:
-    catalogue = synthetic_catalogue([50, 50], [(17, 32, 32), (1, 32, 32)])
-    config = replace(
-        _config([BucketConfig(17, 32, 32, 4), BucketConfig(1, 32, 32, 8)], 2),
-        val=[DatasetConfig("nowhere")],
-    )
-    plan = ValPlan([catalogue], config, 0, 60)
-    whole = plan.micro_batches(0, 1)
-    assert sorted(s.row for s in _samples(whole)) == sorted(
-        row for bucket in (0, 1) for row in np.flatnonzero(plan.eligible[0].bucket == bucket)[:30]
-    )
-    for world in (2, 3, 5):
-        ranks = [plan.micro_batches(rank, world) for rank in range(world)]
-        assert len({len(batches) for batches in ranks}) == 1, "ranks must stay in step"
-        counted = [b for batches in ranks for b in batches if b.counted]
-        key = {s.sample_id: s for s in _samples(counted)}
-        assert len(key) == len(_samples(counted)) == 60
-        assert key == {s.sample_id: s for s in _samples(whole)}
-        for round_of in zip(*ranks, strict=True):
-            assert len({b.samples[0].shape for b in round_of}) == 1
-    with pytest.raises(ValueError, match="at least one dataset"):
-        ValPlan([], _config([BucketConfig(17, 32, 32, 4)], 2), 0, 8)
-
-
-def test_validation_sees_every_dataset_and_bucket() -> None:
-    small, large = (
-        synthetic_catalogue([40], [shape], dataset=name)
-        for name, shape in (("small", (1, 32, 32)), ("large", (17, 32, 32)))
-    )
-    config = replace(
-        _config([BucketConfig(17, 32, 32, 4), BucketConfig(1, 32, 32, 8)], 2),
-        val=[DatasetConfig("nowhere")] * 2,
-    )
-    seen = _samples(ValPlan([small, large], config, 0, 9).micro_batches(0, 1))
-    assert sorted((s.dataset, s.row) for s in seen) == [
-        *((0, row) for row in range(5)),
-        *((1, row) for row in range(4)),
-    ]
-    everything = ValPlan([small], replace(config, val=config.val[:1]), 0, 40).micro_batches(0, 1)
-    assert [s.row for s in _samples(everything)] == list(range(40))
 
 
 def test_two_folders_of_one_name_are_refused() -> None:
@@ -389,6 +382,6 @@ def test_two_folders_of_one_name_are_refused() -> None:
     )
     config = _config([BucketConfig(17, 32, 32, 2)], 2, weights=(1.0, 1.0))
     with pytest.raises(ValueError, match="longtake index wb/train --dataset") as caught:
-        Plan([one, two], config, 0)
+        Plan.from_catalogues([one, two], config, 0)
     assert "wa/train and wb/train are both named 'toy'" in str(caught.value)
-    assert len(Plan([one, one], config, 0).step(0)) == 2
+    assert len(Plan.from_catalogues([one, one], config, 0).step(0)) == 2

@@ -207,8 +207,9 @@ def test_long_names_folders_and_other_formats(tmp_path: Path, form: int) -> None
 
 def test_a_read_past_the_end_is_an_error_not_a_short_answer(tmp_path: Path) -> None:
     (path,) = _write(tmp_path, 1)
-    with pytest.raises(ShardError, match="bytes short of a member"):
-        ShardReader().read(path, Span(path.stat().st_size - 10, 20))
+    for span in (Span(path.stat().st_size - 10, 20), Span(0, 2**63 - 1), Span(-1, 1), Span(9, -1)):
+        with pytest.raises(ShardError, match="where a member should"):
+            ShardReader().read(path, span)
 
 
 @settings(
@@ -274,3 +275,42 @@ def test_webdataset_is_imported_in_its_safe_mode() -> None:
 
     with pytest.raises(ValueError, match=r"(?i)secure|not allowed|pipe"):
         list(WebDataset("pipe:echo executed", shardshuffle=False))
+
+
+@pytest.mark.parametrize("size", [2**63 - 1, 2**62, -1, 2**33])
+def test_claims_beyond_the_file_are_refused_unread(tmp_path: Path, size: int) -> None:
+    path = _tar(tmp_path / "x.tar", ("a.mp4", b"1"), format=tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[124:136] = (b"\xff" if size < 0 else b"\x80") + size.to_bytes(11, "big", signed=True)
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + sum(data[156:512]) + 256)
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"inside 'a\.mp4'"):
+        scan_shard(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"28 size=9223372036854775807\n", "cut at byte"),
+        (b"9" * 5000 + b" path=x\n", "damaged pax header"),
+        (b"5009 size=" + b"9" * 5000 + b"\n", "damaged pax header"),
+        (b"22 GNU.sparse.major=1\n", "sparse file"),
+        (b"18 path=../a.mp4\n\n", "absolute or"),
+        (b"5 x\n", "damaged pax header"),
+    ],
+)
+def test_odd_pax_records_are_refused(tmp_path: Path, record: bytes, message: str) -> None:
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    body = info.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % 512)
+    member = tarfile.TarInfo("a.mp4").tobuf(tarfile.USTAR_FORMAT)
+    path = tmp_path / "x.tar"
+    path.write_bytes(body + member + bytes(1024))
+    with pytest.raises(ShardError, match=message):
+        scan_shard(path)
+
+
+def test_names_beyond_all_use_are_refused(tmp_path: Path) -> None:
+    name = "." * 5000 + "/a.mp4"
+    with pytest.raises(ShardError, match="has 5006 characters"):
+        scan_shard(_tar(tmp_path / "x.tar", (name, b"1"), format=tarfile.PAX_FORMAT))

@@ -78,6 +78,11 @@ def synthetic_catalogue(
         "sample_id": [name_hash(dataset, key) for key in keys],
         "source_id": [name_hash(dataset, key) for key in keys],
         "key": keys,
+        "xxh3": [f"{i:032x}" for i in range(count)],
+        "meta_xxh3": [f"{i:032x}" for i in range(count)],
+        "meta_ext": ["json"] * count,
+        "payload_size": np.random.default_rng(seed + 1).integers(1, 10**6, count),
+        "meta_size": np.full(count, 300),
         "shard": [f"shard-{i:06d}.tar" for i in shards],
         "ext": ["mp4"] * count,
         "codec": ["h264"] * count,
@@ -87,10 +92,7 @@ def synthetic_catalogue(
         "fps": np.full(count, fps),
         "duration": frames / fps,
         "caption_chars": [[("dense", 10), ("short", 3)]] * count,
-        **{
-            name: np.zeros(count, dtype=np.int64)
-            for name in ("payload_offset", "payload_size", "meta_offset", "meta_size")
-        },
+        **{name: np.zeros(count, dtype=np.int64) for name in ("payload_offset", "meta_offset")},
     }
     table = pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
     return Catalogue(Path("nowhere"), table, dataset, f"synthetic-{dataset}-{seed}-{count}")

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from longtake.data.shards import scan_shard
+from longtake.data.decode import encode_image
+from longtake.data.shards import ShardWriter, scan_shard
 from longtake.launch import cli
 
 WORLD = ("--families", "move,leftright", "--frames", "5", "--size", "16x16", "--workers", "1")
-NANO = ("experiment=nano_identity", "data.micro_batches_per_step=2")
-BUCKET = "data.buckets=[{frames: 5, height: 16, width: 16, batch_size: 2}]"
 
 
 @pytest.fixture
@@ -23,8 +23,23 @@ def test_stats(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["stats", str(world)]) == 0
     shown = capsys.readouterr().out
     assert "8 samples" in shown and "leftright" in shown and "h264" in shown
-    assert cli.main(["stats", str(world), "--where", "family = 'move'"]) == 0
-    assert "4 samples" in capsys.readouterr().out
+    assert "caption 'dense', characters" in shown and "aspect" in shown
+    assert cli.main(["stats", str(world), "--where", "family = 'move' AND frames > 1"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 samples" in shown and "\"family = 'move'\" drops 4" in shown
+    assert "'frames > 1' drops 0" in shown
+    assert cli.main(["stats", str(world), "--where", "frames > 99"]) == 1
+    assert "leaves no sample: 'frames > 99' drops 8" in capsys.readouterr().err
+
+
+def test_stats_are_drawn(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, start in (("a.png", b"\x89PNG"), ("a.html", b"<!doctype html>")):
+        assert cli.main(["stats", str(world), "--plot", str(tmp_path / name)]) == 0
+        data = (tmp_path / name).read_bytes()
+        assert data.startswith(start) and len(data) > 20_000
+    for name, said in (("a.pdf", "must end in .png or .html"), ("no/a.png", "no folder")):
+        assert cli.main(["stats", str(world), "--plot", str(tmp_path / name)]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_verify_names_the_damaged_sample(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +52,21 @@ def test_verify_names_the_damaged_sample(world: Path, capsys: pytest.CaptureFixt
     shard.write_bytes(data)
     assert cli.main(["verify", str(world)]) == 1
     captured = capsys.readouterr()
-    assert f"{entry.key}.mp4 differs" in captured.err and "damaged: 1" in captured.out
+    line = f"{shard}: {entry.key}.mp4: differs from the catalogue"
+    assert line in captured.err and "damaged: 1 defects" in captured.out
+    assert cli.main(["verify", str(world), "--no-decode", "--workers", "1"]) == 1
+    assert line in capsys.readouterr().err
+
+
+def test_verify_tells_defects_from_mistakes(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(world / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert cli.main(["verify", str(world), "--where", "frame > 1"]) == 2
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", str(world), "--odd"])
+    assert caught.value.code == 2
 
 
 def test_verify_names_the_cut_shard(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,18 +83,22 @@ def test_index_and_missing_catalogue(world: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["stats", str(world)]) == 1
     assert "longtake index" in capsys.readouterr().err
     assert cli.main(["index", str(world), "--workers", "1"]) == 0
-    assert "8 samples" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "8 samples in 1 shards" in captured.out and "8 samples" in captured.err
+    assert cli.main(["index", str(world), "--probe", "full", "--fresh", "--dataset", "d"]) == 0
+    assert "dataset d" in capsys.readouterr().out
 
 
-def test_plan_steps_prints_json_lines(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    argv = ["plan-steps", *NANO, "--first", "3", "--steps", "2"]
-    argv += [f"data.train.0.path={world}", f"data.val.0.path={world}", BUCKET]
-    assert cli.main(argv) == 0
-    batches = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(b["step"], b["slot"]) for b in batches] == [(3, 0), (3, 1), (4, 0), (4, 1)]
-    assert all(len(b["samples"]) == 2 for b in batches)
-    assert {"key", "shape", "seed", "caption_kind"} <= set(batches[0]["samples"][0])
+def test_index_says_what_it_rejected_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", {"png": encode_image(np.zeros((16, 16, 3), np.uint8)), "txt": b"black"})
+        writer.write("b", {"mp4": b"", "txt": b"text", "mp3": b"sound"})
+    assert cli.main(["index", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 samples" in shown and "passed over, as they belong to no sample: 1 .mp3" in shown
+    assert "rejected 1:\n  shard-000000.tar: b: empty file" in shown
 
 
 def test_pack_a_folder(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

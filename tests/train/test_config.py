@@ -47,7 +47,7 @@ def test_types_are_those_of_the_schema() -> None:
     assert isinstance(vae, VAERun)
     assert vae.optim.betas == (0.9, 0.95)
     assert vae.vae.dim_mult == (1, 2)
-    assert vae.data.buckets[0].batch_size > 0
+    assert vae.data.buckets[0].batch_size
     dit = parse_config(tree(["experiment=demo_dit", "data.train.0.path=elsewhere"]))
     assert isinstance(dit, DiTRun)
     assert dit.data.train[0].path == "elsewhere"
