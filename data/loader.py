@@ -13,12 +13,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from longtake.data.config import DataConfig
 from longtake.data.plan import Plan
-from longtake.data.plan_config import DataConfig
-from longtake.data.planned import Exclusion, MicroBatch, PlannedSample, excluded_at
+from longtake.data.plan.planned import Exclusion, MicroBatch, PlannedSample, excluded_at
+from longtake.data.plan.tables import SampleTable
 from longtake.data.reader import BadSample, Clip, SampleReader
-from longtake.data.storage import is_remote
-from longtake.data.tables import SampleTable
+from longtake.data.shards.storage import is_remote
 from longtake.data.transforms import to_float
 from longtake.data.workers import Ahead, Workers
 

@@ -8,15 +8,15 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
+from longtake.data.config import DataConfig
 from longtake.data.decode import DecodeError, decode_clip
-from longtake.data.guard import DecodeGuard
+from longtake.data.decode.guard import DecodeGuard
 from longtake.data.latents import LatentManifest, decode_sample, normalise, read_manifest
-from longtake.data.plan_config import DataConfig
-from longtake.data.planned import PlannedSample
+from longtake.data.plan.planned import PlannedSample
+from longtake.data.plan.tables import SampleTable
 from longtake.data.samples import LATENT_EXTENSION, SampleError, SampleMeta, combine_meta
 from longtake.data.shards import ShardError, Span
-from longtake.data.storage import Shards
-from longtake.data.tables import SampleTable
+from longtake.data.shards.storage import Shards
 from longtake.data.transforms import covering_size, crop_clip
 
 

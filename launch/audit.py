@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longtake.data.catalogue import CatalogueManifest, open_manifest, read_parts
-from longtake.data.catalogue_filters import apply_filter
+from longtake.data.catalogue.filters import apply_filter
 from longtake.launch.stats_plot import check_plot_path, plot_stats
 
 GROUPS = (("split",), ("family",), ("frames", "height", "width", "fps"), ("codec",), ("licence",))

@@ -85,7 +85,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 def run_pack(args: argparse.Namespace) -> int:
     """Turn a folder of ordinary files with captions into shards."""
     from longtake.data.pack import pack_folder
-    from longtake.data.recode import Recipe
+    from longtake.data.pack.recode import Recipe
 
     given = {name: getattr(args, name) for name in ("gop", "crf", "pixel_format", "max_duration")}
     given = {name: value for name, value in given.items() if value is not None}
@@ -168,7 +168,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Print every defect of a set. Exit code 0: clean, 1: defects, 2: it could not be checked."""
-    from longtake.data.verify import verify_shards
+    from longtake.data.catalogue.verify import verify_shards
 
     try:
         report = verify_shards(

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from longtake.data.catalogue import CatalogueManifest, column, open_manifest, read_parts
-from longtake.data.plan import Plan, rank_slots
-from longtake.data.plan_config import (
+from longtake.data.config import (
     MAX_CAPTION_KINDS,
     BucketConfig,
     DataConfig,
     DatasetConfig,
     GridConfig,
 )
-from longtake.data.planned import Exclusion, MicroBatch
+from longtake.data.plan import Plan, rank_slots
+from longtake.data.plan.planned import Exclusion, MicroBatch
 from longtake.launch.command import UserError
 from longtake.launch.compose import compose
 from longtake.train.config import load_config, parse_data_config

@@ -1,11 +1,24 @@
-"""Shared settings: one torch thread, so that forked gloo ranks cannot deadlock, and no network."""
+"""Shared settings: one torch thread, so that forked gloo ranks cannot deadlock, no network, and a
+cache of compiled plans that goes with the session."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["LONGTAKE_CACHE"] = tempfile.mkdtemp(prefix="longtake-tests-")
+_OWNER = os.getpid()
+
+
+@atexit.register
+def _remove_cache() -> None:
+    if os.getpid() == _OWNER:  # not in a forked rank
+        shutil.rmtree(os.environ["LONGTAKE_CACHE"], ignore_errors=True)
+
 
 import json
 import warnings

@@ -21,18 +21,18 @@ MAY_IMPORT = {
 # Third party → the files (path prefixes) that may import it. Everything else goes through them.
 DOORS = {
     "accelerate": ("train/engine", "train/deepspeed_engine"),
-    "av": ("data/decode",),
-    "decord": ("data/decode",),
+    "av": ("data/decode/",),
+    "decord": ("data/decode/",),
     "deepspeed": ("train/engine", "train/deepspeed_engine"),
     "diffusers": ("models/interop", "train/export"),
-    "duckdb": ("data/catalogue",),
+    "duckdb": ("data/catalogue/",),
     "ftfy": ("models/text",),
     "hydra": ("train/main", "train/__main__", "launch/"),
     "matplotlib": ("train/report", "data/world/", "launch/stats_plot"),
     "omegaconf": ("train/config", "train/main"),  # main: the type of what Hydra hands over
     "transformers": ("models/text", "train/export"),
     "wandb": ("train/tracking",),
-    "webdataset": ("data/shards",),
+    "webdataset": ("data/shards/",),
 }
 BANNED_FILES = {"utils", "util", "helpers", "helper", "manager", "common", "misc"}
 BANNED_NAMES = re.compile(r"\bx_[01]\b|\b_target_\b|\bTODO\b|\bFIXME\b")

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from longtake.data.costs import resolve_buckets
-from longtake.data.plan_config import DataConfig, check_data_config
+from longtake.data.config import DataConfig, check_data_config
+from longtake.data.plan.costs import resolve_buckets
 from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, require
 
 # Keys that may differ on resume: where things lie, how they are watched, how work is split.

@@ -20,13 +20,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from longtake.data.catalogue import Catalogue, build_catalogue, load_catalogue
+from longtake.data.config import BucketConfig, DataConfig, DatasetConfig
 from longtake.data.latents import LatentWriter, TextCache, read_manifest
-from longtake.data.plan_config import BucketConfig, DataConfig, DatasetConfig
-from longtake.data.planned import PlannedSample
+from longtake.data.plan.planned import PlannedSample
+from longtake.data.plan.tables import SampleTable
+from longtake.data.plan.val_plan import ValPlan
 from longtake.data.reader import BadSample, SampleReader
-from longtake.data.tables import SampleTable
 from longtake.data.transforms import to_float
-from longtake.data.val_plan import ValPlan
 from longtake.models.text import TextConfig, TextEncoder, Tokenizer
 from longtake.models.vae import vae_hash
 from longtake.train.codec import text_hash

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longtake.data.plan_config import DataConfig
+from longtake.data.config import DataConfig
 from longtake.models.conditioning import check_tasks
 from longtake.models.dit import DiTConfig
 from longtake.models.flow import TimestepConfig

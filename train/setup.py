@@ -16,7 +16,7 @@ import torch
 
 from longtake.data.latents import read_empty_text, read_manifest, refuse_other_vae
 from longtake.data.plan import Plan, rank_slots
-from longtake.data.val_plan import ValPlan
+from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.codec import check_text, keep_manifest, load_codec
 from longtake.train.config import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longtake.data.loader import Batch, Loader, chain_digests, read_batches
 from longtake.data.plan import Exclusion, Plan
-from longtake.data.val_plan import ValPlan
+from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.config import to_tree
 from longtake.train.console import RunConsole

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from longtake.data.decode import decode_clip, encode_video, iter_frames, probe
-from longtake.data.guard import DecodeGuard
+from longtake.data.decode.guard import DecodeGuard
 
 FRAMES, STRIDE, SIDE = 16, 2, 128
 CACHE = Path(tempfile.gettempdir()) / "longtake-bench-decode-v1"

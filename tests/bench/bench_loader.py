@@ -31,10 +31,10 @@ from webdataset.compat import WebDataset
 from webdataset.shardlists import split_by_node
 
 from longtake.data.catalogue import build_catalogue
+from longtake.data.config import BucketConfig, DataConfig, DatasetConfig
 from longtake.data.decode import encode_video
 from longtake.data.loader import Loader
 from longtake.data.plan import Plan
-from longtake.data.plan_config import BucketConfig, DataConfig, DatasetConfig
 from longtake.data.reader import SampleReader
 from tests.data.toy import toy_meta, toy_video, write_shards
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from longtake.data.decode import decode_clip, probe
 from longtake.data.pack import pack_folder
-from longtake.data.recode import Recipe
+from longtake.data.pack.recode import Recipe
 from longtake.data.shards import ShardReader, Span
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "videos" / "bigbuckbunny.mp4"

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longtake.data.index_run import FACTS, MANIFEST
-from longtake.data.indexing import SCHEMA, SCHEMA_VERSION
+from longtake.data.catalogue.index_run import FACTS, MANIFEST
+from longtake.data.catalogue.indexing import SCHEMA, SCHEMA_VERSION
 from tests.data.toy import synthetic_catalogue
 
 ROWS_PER_SHARD = 500
@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 import torch
 from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, Plan
-from longtake.data.plan_config import CacheConfig, GridConfig
+from longtake.data.config import CacheConfig, GridConfig
 process = psutil.Process()
 before = process.memory_info().rss
 root, step = sys.argv[1], int(sys.argv[2])

@@ -21,8 +21,8 @@ import av
 import numpy as np
 from av.video.frame import VideoFrame
 
+from longtake.data.catalogue.indexing import index_shard
 from longtake.data.decode import encode_image, encode_video
-from longtake.data.indexing import index_shard
 from longtake.data.shards import ShardError
 from tests.data.toy import toy_frames
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save
 
 from longtake.data.catalogue import build_catalogue, load_catalogue
-from longtake.data.catalogue_filters import split_clauses
+from longtake.data.catalogue.filters import split_clauses
+from longtake.data.catalogue.indexing import name_hash
 from longtake.data.decode import encode_image
-from longtake.data.indexing import name_hash
 from tests.data.toy import toy_dataset, toy_frames, toy_meta, toy_video, write_shards
 
 

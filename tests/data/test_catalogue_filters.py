@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from longtake.data.catalogue_filters import apply_filter, split_clauses
-from longtake.data.indexing import SCHEMA
+from longtake.data.catalogue.filters import apply_filter, split_clauses
+from longtake.data.catalogue.indexing import SCHEMA
 
 
 def rows(count: int = 10) -> pa.Table:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from longtake.data.catalogue import CatalogueManifest, index_shards, read_parts
+from longtake.data.catalogue.indexing import index_shard
 from longtake.data.decode import encode_image
-from longtake.data.indexing import index_shard
 from longtake.data.samples import SampleError, combine_meta
 from longtake.data.shards import ShardError, ShardReader, Span
 from tests.data.toy import toy_frames, toy_video
@@ -189,7 +189,7 @@ def test_texts_of_unknown_names_are_passed_over_and_counted(tmp_path: Path) -> N
 
 
 def test_huge_members_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from longtake.data import indexing
+    from longtake.data.catalogue import indexing
 
     monkeypatch.setattr(indexing, "MAX_PAYLOAD_BYTES", len(VIDEO))
     members = {

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtake.data import index_run
 from longtake.data.catalogue import (
     build_catalogue,
+    index_run,
     index_shards,
     load_catalogue,
     open_manifest,
     read_parts,
 )
-from longtake.data.indexing import ShardIndex, index_shard
+from longtake.data.catalogue.indexing import ShardIndex, index_shard
 from longtake.data.process_map import map_processes
 from longtake.data.shards import ShardWriter
 from tests.data.toy import toy_meta, toy_video, write_shards
@@ -121,7 +121,7 @@ def test_every_damaged_shard_is_named_and_the_others_are_kept(
 
 SLOW_INDEX = """
 import sys, time
-from longtake.data import index_run
+from longtake.data.catalogue import index_run
 from longtake.data.catalogue import index_shards
 real = index_run.index_shard
 def slow(path, dataset, **options):
@@ -195,7 +195,7 @@ def test_a_shard_that_changes_meanwhile_is_named(
 def test_equal_ids_of_other_keys_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longtake.data import indexing
+    from longtake.data.catalogue import indexing
 
     shards = small_set(tmp_path, 2)
     monkeypatch.setattr(indexing, "name_hash", lambda dataset, name: 7)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtake.data import compile as compiling
 from longtake.data.catalogue import load_catalogue
+from longtake.data.config import CacheConfig
 from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, Plan
-from longtake.data.plan_config import CacheConfig
+from longtake.data.plan import compile as compiling
 from tests.data.toy import toy_dataset
 
 

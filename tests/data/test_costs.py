@@ -7,10 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.data.costs import num_tokens, pack_size, resolve_buckets, sample_cost
-from longtake.data.lanes import interleave
-from longtake.data.plan import Plan
-from longtake.data.plan_config import (
+from longtake.data.config import (
     BucketConfig,
     CostConfig,
     DataConfig,
@@ -18,6 +15,9 @@ from longtake.data.plan_config import (
     GridConfig,
     check_data_config,
 )
+from longtake.data.plan import Plan
+from longtake.data.plan.costs import num_tokens, pack_size, resolve_buckets, sample_cost
+from longtake.data.plan.lanes import interleave
 from tests.data.toy import synthetic_catalogue
 
 COST = CostConfig(hidden_size=64, token=[4, 16, 16], max_tokens=256)

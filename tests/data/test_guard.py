@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from longtake.data.decode import DecodeError, HeaderLimits, decode_clip, encode_video, probe
-from longtake.data.guard import DecodeGuard
+from longtake.data.decode.guard import DecodeGuard
 from tests.data.toy import toy_frames, toy_video
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the guard is for Linux")
@@ -163,7 +163,7 @@ def test_no_child_is_left_behind(end: str) -> None:
 @pytest.mark.parametrize("stopped", [False, True])
 def test_it_dies_with_its_parent(stopped: bool) -> None:
     code = (
-        "import sys, time; from longtake.data.guard import DecodeGuard\n"
+        "import sys, time; from longtake.data.decode.guard import DecodeGuard\n"
         "guard = DecodeGuard(60, 2**29)\n"
         "try: guard.probe(b'')\n"
         "except ValueError: print(guard._child._process.pid, 'torch' in sys.modules, flush=True)\n"

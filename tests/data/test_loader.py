@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from longtake.data.catalogue import Catalogue, build_catalogue, load_catalogue
+from longtake.data.config import BucketConfig, DataConfig, DatasetConfig
 from longtake.data.decode import encode_image
 from longtake.data.loader import Batch, Loader, read_batches
 from longtake.data.plan import Plan
-from longtake.data.plan_config import BucketConfig, DataConfig, DatasetConfig
-from longtake.data.planned import Exclusion
+from longtake.data.plan.planned import Exclusion
+from longtake.data.plan.val_plan import ValPlan
 from longtake.data.transforms import to_uint8
-from longtake.data.val_plan import ValPlan
 from tests.data.toy import toy_dataset, toy_frames, toy_meta, toy_video, write_shards
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from longtake.data import loader, remote
+from longtake.data import loader
+from longtake.data.config import CacheConfig
 from longtake.data.loader import Batch, Loader, Position, next_position
 from longtake.data.plan import Plan, rank_slots
-from longtake.data.plan_config import CacheConfig
-from longtake.data.planned import PlannedSample
+from longtake.data.plan.planned import PlannedSample
 from longtake.data.reader import Clip, SampleReader
-from longtake.data.storage import StorageError
+from longtake.data.shards import remote
+from longtake.data.shards.storage import StorageError
 from tests.data.http_store import serve
 from tests.data.test_loader import content_of, flip_payload, load, loader_config
 from tests.data.toy import toy_dataset

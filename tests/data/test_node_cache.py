@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtake.data.node_cache import NodeCache, cache_folder
-from longtake.data.plan_config import CacheConfig
+from longtake.data.config import CacheConfig
+from longtake.data.shards.node_cache import NodeCache, cache_folder
 
 
 def name_of(number: int) -> str:

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from longtake.data import pack, pack_job
+from longtake.data import pack
 from longtake.data.pack import PackReport, pack_folder
-from longtake.data.pack_job import Job
-from longtake.data.pack_progress import PackProgress
-from longtake.data.recode import Recipe
+from longtake.data.pack import job as pack_job
+from longtake.data.pack.job import Job
+from longtake.data.pack.progress import PackProgress
+from longtake.data.pack.recode import Recipe
 from longtake.data.shards import ShardReader, ShardWriter, Span
 from tests.data.toy import toy_frames, toy_video
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longtake.data.pack_workers import WorkerPool
+from longtake.data.pack.workers import WorkerPool
 
 
 def _work(task: str, alive: Callable[[], None]) -> Any:
@@ -54,7 +54,7 @@ def test_what_hangs_is_killed() -> None:
 
 
 def test_signs_of_life_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtake.data.pack_workers._HEARTBEAT", 0.0)
+    monkeypatch.setattr("longtake.data.pack.workers._HEARTBEAT", 0.0)
 
     def slow(task: str, alive: Callable[[], None]) -> str:
         for _ in range(40):

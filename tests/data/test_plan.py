@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.data.catalogue import Catalogue
-from longtake.data.lanes import Lanes, count_pieces, cut_pieces, interleave
+from longtake.data.config import CacheConfig
 from longtake.data.plan import (
     BucketConfig,
     DataConfig,
@@ -20,7 +20,7 @@ from longtake.data.plan import (
     PlannedSample,
     rank_slots,
 )
-from longtake.data.plan_config import CacheConfig
+from longtake.data.plan.lanes import Lanes, count_pieces, cut_pieces, interleave
 from tests.data.toy import synthetic_catalogue
 
 SHAPES = [(17, 32, 32), (17, 32, 48), (9, 32, 32), (1, 32, 32)]

@@ -18,7 +18,7 @@ from longtake.data.decode import (
     iter_frames,
     probe,
 )
-from longtake.data.recode import Clip, Recipe, frame_times, make_clips
+from longtake.data.pack.recode import Clip, Recipe, frame_times, make_clips
 from longtake.data.samples import SampleError
 
 

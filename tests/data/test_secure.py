@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from longtake.data.catalogue import index_shards, load_catalogue, open_manifest, read_parts
+from longtake.data.catalogue.verify import verify_shards
 from longtake.data.shards import ShardError, scan_shard
-from longtake.data.verify import verify_shards
 from tests.data.toy import toy_meta, toy_video
 
 LIVE = ("pyd", "pkl", "pickle", "pth", "pt", "npy", "npz", "so", "py", "cbor", "mp", "ten")

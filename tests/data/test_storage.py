@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtake.data import remote, remote_shards
-from longtake.data.plan_config import CacheConfig
-from longtake.data.shards import ShardError, Span
-from longtake.data.storage import (
+from longtake.data.config import CacheConfig
+from longtake.data.shards import ShardError, Span, remote, remote_shards
+from longtake.data.shards.storage import (
     Shards,
     StorageError,
     fetch_catalogue,

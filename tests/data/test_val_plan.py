@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longtake.data.plan_config import BucketConfig, DatasetConfig
-from longtake.data.val_plan import ValPlan
+from longtake.data.config import BucketConfig, DatasetConfig
+from longtake.data.plan.val_plan import ValPlan
 from tests.data.test_plan import _config, _samples
 from tests.data.toy import synthetic_catalogue
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from longtake.data.catalogue import index_shards
+from longtake.data.catalogue.verify import VerifyReport, verify_shards
 from longtake.data.shards import scan_shard
-from longtake.data.verify import VerifyReport, verify_shards
 from tests.data.toy import toy_dataset, toy_meta, toy_video, write_shards
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from longtake.data.catalogue import Catalogue, build_catalogue
+from longtake.data.catalogue.indexing import SCHEMA, name_hash
 from longtake.data.decode import encode_video
-from longtake.data.indexing import SCHEMA, name_hash
 from longtake.data.shards import ShardWriter
 
 

@@ -1,0 +1,100 @@
+"""Which bucket each sample of a catalogue goes to, and why others are dropped."""
+
+from collections import Counter
+from collections.abc import Collection
+
+import numpy as np
+import pyarrow as pa
+
+from longtake.data.config import DataConfig
+
+_SLACK = 1e-3  # seconds, as in the decoder
+_DROPPED = -1
+
+
+def assign_buckets(
+    rows: np.ndarray, config: DataConfig, closed: Collection[int] = ()
+) -> tuple[np.ndarray, Counter[str]]:
+    """The bucket of nearest aspect ratio for each of `rows` (N,) of tables.ROW: (N,) int16, -1
+    where none fits, and the number of those by reason.
+
+    Among equals the longest frame count that fits wins, then the largest frame; clips are never
+    stretched in time nor enlarged. Cached latents fit the bucket of exactly their pixel shape.
+    Buckets whose index is in `closed` take nothing.
+    """
+    bucket = np.full(len(rows), _DROPPED, dtype=np.int16)
+    reasons = np.zeros(len(rows), dtype=np.int8)
+    pixels, latents = np.flatnonzero(~rows["latent"]), np.flatnonzero(rows["latent"])
+    if len(pixels):
+        bucket[pixels], reasons[pixels] = _fit_pixels(rows[pixels], config, closed)
+    if len(latents):
+        bucket[latents], reasons[latents] = _fit_latents(rows[latents], config), 3
+    texts = (
+        *("frame smaller than every bucket of its length", "clip shorter than every bucket"),
+        f"frame rate below data.fps={config.fps}",
+        "encoded at a shape that no bucket has (run `longtake encode` again)",
+    )
+    numbers = np.bincount(reasons[bucket == _DROPPED], minlength=len(texts))
+    return bucket, Counter({t: int(n) for t, n in zip(texts, numbers, strict=True) if n})
+
+
+def _fit_pixels(
+    rows: np.ndarray, config: DataConfig, closed: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bucket of each video or image, and why none fits: 0 too small, 1 too short, 2 too slow."""
+    frames, width, height = rows["frames"], rows["width"], rows["height"]
+    fps = rows["fps"].astype(np.float64)
+    last_time = rows["duration"] - 1 / np.where(fps > 0, fps, np.inf)
+    aspect = np.log(width / height)
+    bucket = np.full(len(rows), _DROPPED, dtype=np.int16)
+    best = np.full((3, len(rows)), np.inf)  # aspect distance, -frames, -area: less is better
+    long_enough = np.zeros(len(rows), dtype=bool)
+    fast_enough = np.zeros(len(rows), dtype=bool)
+    for index, shape in enumerate(config.buckets):
+        if index in closed:
+            continue
+        if shape.frames == 1:
+            is_fast = is_long = np.ones(len(rows), dtype=bool)
+        elif config.fps is None:
+            is_fast, is_long = fps > 0, frames >= shape.frames
+        else:
+            is_fast = fps >= 0.99 * config.fps
+            is_long = last_time + _SLACK >= (shape.frames - 1) / config.fps
+        is_large = (width >= shape.width) & (height >= shape.height)
+        distance = np.round(np.abs(aspect - np.log(shape.width / shape.height)), 6)
+        area = shape.height * shape.width
+        score = np.stack([distance, *np.broadcast_arrays(-shape.frames, -area, distance)[:2]])
+        better = is_fast & is_long & is_large & _precedes(score, best)
+        best[:, better] = score[:, better]
+        bucket[better] = index
+        fast_enough |= is_fast
+        long_enough |= is_fast & is_long
+    return bucket, np.where(~fast_enough, 2, np.where(~long_enough, 1, 0))
+
+
+def _precedes(score: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Lexicographic score < best, column by column; both (3, N)."""
+    less, equal = score < best, score == best
+    return less[0] | (equal[0] & (less[1] | (equal[1] & less[2])))
+
+
+def _fit_latents(rows: np.ndarray, config: DataConfig) -> np.ndarray:
+    found = np.full(len(rows), _DROPPED, dtype=np.int16)
+    for index, shape in enumerate(config.buckets):
+        same = (rows["height"] == shape.height) & (rows["width"] == shape.width)
+        found[same & (rows["frames"] == shape.frames)] = index
+    return found
+
+
+def caption_kinds(table: pa.Table, kinds: list[str]) -> np.ndarray:
+    """(N,) uint16: bit i set where a catalogue row has a caption of the i-th kind."""
+    captions: pa.MapArray = pa.chunked_array(table.column("caption_chars").chunks).combine_chunks()
+    offsets = captions.offsets.to_numpy()
+    parents = np.repeat(np.arange(len(captions)), np.diff(offsets))
+    names = captions.keys.slice(offsets[0], offsets[-1] - offsets[0]).dictionary_encode()
+    codes = names.indices.to_numpy()
+    found = np.zeros(len(captions), dtype=np.uint16)
+    for bit, kind in enumerate(kinds):
+        for code in [i for i, name in enumerate(names.dictionary.to_pylist()) if name == kind]:
+            found[parents[codes == code]] |= np.uint16(1 << bit)
+    return found

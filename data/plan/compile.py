@@ -1,0 +1,307 @@
+"""From catalogues to the tables that plans work on: in memory, or once per node into its cache."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from longtake.data.catalogue import (
+    Catalogue,
+    CatalogueManifest,
+    column,
+    open_manifest,
+    read_parts,
+    refuse_equal_names,
+)
+from longtake.data.catalogue.filters import apply_filter
+from longtake.data.config import DataConfig, DatasetConfig
+from longtake.data.plan.buckets import assign_buckets, caption_kinds
+from longtake.data.plan.lanes import count_pieces, cut_pieces
+from longtake.data.plan.tables import ROW, SampleTable, TableInfo
+from longtake.data.samples import LATENT_EXTENSION
+from longtake.data.shards.node_cache import cache_folder
+
+_FORMAT = 1
+_ROWS_AT_ONCE = 250_000  # bounds what compiling holds in memory
+_COPIED = (
+    *("sample_id", "payload_offset", "payload_size", "meta_offset", "meta_size"),
+    *("duration", "fps", "frames", "width", "height"),
+)
+_COLUMNS = (
+    *_COPIED,
+    *("shard", "xxh3", "meta_xxh3", "ext", "meta_ext", "key", "texts", "caption_chars"),
+)
+
+
+def open_tables(
+    datasets: Sequence[DatasetConfig], config: DataConfig, *, must_fill: bool
+) -> list[SampleTable]:
+    """The tables of a mixture, compiled on first use and then mapped; `config` is resolved.
+
+    With `must_fill`, optional buckets that cannot fill one step are closed and their samples go to
+    the next best ones. Processes of one node compile once: the others wait.
+
+    Raises:
+        ValueError: no or another catalogue, an invalid filter, nothing left, an unwritable cache.
+    """
+    manifests = [open_manifest(dataset.path, dataset.catalogue) for dataset in datasets]
+    refuse_equal_names(manifests)
+    folder = (
+        cache_folder(config.cache) / "plans" / _plan_key(manifests, datasets, config, must_fill)
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _compile(manifests, datasets, config, must_fill, folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: the compiled plan cannot be written: {error.strerror or error}; "
+            "give another data.cache.folder"
+        ) from error
+    return [SampleTable.open(folder / str(index)) for index in range(len(datasets))]
+
+
+def _plan_key(
+    manifests: Sequence[CatalogueManifest],
+    datasets: Sequence[DatasetConfig],
+    config: DataConfig,
+    must_fill: bool,
+) -> str:
+    """Hash of all that compiled tables depend on."""
+    state = [
+        _FORMAT,
+        [(str(m.root), m.dataset, m.fingerprint) for m in manifests],
+        [(dataset.where, dataset.captions) for dataset in datasets],
+        [asdict(bucket) for bucket in config.buckets],
+        [config.fps, config.micro_batches_per_step, config.pack, must_fill],
+    ]
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+
+
+def _fingerprint(catalogue: str, dataset: DatasetConfig) -> str:
+    return hashlib.sha256(f"{catalogue}|{dataset.where}".encode()).hexdigest()[:32]
+
+
+def build_tables(
+    catalogues: Sequence[Catalogue],
+    datasets: Sequence[DatasetConfig],
+    config: DataConfig,
+    *,
+    must_fill: bool,
+) -> list[SampleTable]:
+    """As `open_tables`, over catalogues in memory and without a cache."""
+    refuse_equal_names(catalogues)
+    collected = []
+    for catalogue, dataset in zip(catalogues, datasets, strict=True):
+        rows_file, keys_file = io.BytesIO(), io.BytesIO()
+        shards = list(dict.fromkeys(catalogue.table.column("shard").to_pylist()))
+        writer = _Writer(rows_file, keys_file, dataset, shards, catalogue.dataset)
+        writer.add(catalogue.table)
+        rows = np.frombuffer(rows_file.getvalue(), ROW)
+        keys = np.frombuffer(keys_file.getvalue(), np.uint8)
+        info = TableInfo(
+            root=str(catalogue.root),
+            dataset=catalogue.dataset,
+            fingerprint=_fingerprint(catalogue.fingerprint, dataset),
+            shards=[(name, None) for name in shards],
+            extensions=writer.extensions,
+            dropped=writer.dropped,
+            rejected=len(catalogue.rejected),
+        )
+        collected.append((info, rows, keys))
+    dealt = _deal([(info, rows) for info, rows, _ in collected], config, must_fill)
+    return [
+        SampleTable(pieces.info, {"rows": rows, "keys": keys, **pieces.arrays})
+        for (_, rows, keys), pieces in zip(collected, dealt, strict=True)
+    ]
+
+
+def _compile(
+    manifests: Sequence[CatalogueManifest],
+    datasets: Sequence[DatasetConfig],
+    config: DataConfig,
+    must_fill: bool,
+    folder: Path,
+) -> None:
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    collected = []
+    for index, (manifest, dataset) in enumerate(zip(manifests, datasets, strict=True)):
+        place = temporary / str(index)
+        info = _collect(manifest, dataset, place)
+        rows_file = place / "rows.bin"
+        empty = not rows_file.stat().st_size
+        rows = np.zeros(0, ROW) if empty else np.memmap(rows_file, ROW, "r").view(np.ndarray)
+        collected.append((info, rows))
+    for index, dealt in enumerate(_deal(collected, config, must_fill)):
+        for name, array in dealt.arrays.items():
+            np.save(temporary / str(index) / f"{name}.npy", array)
+        text = json.dumps(asdict(dealt.info))
+        (temporary / str(index) / "info.json").write_text(text, encoding="utf-8")
+    os.replace(temporary, folder)
+
+
+def _collect(manifest: CatalogueManifest, dataset: DatasetConfig, folder: Path) -> TableInfo:
+    """Write the records and keys of one dataset."""
+    folder.mkdir(parents=True)
+    # A filter may ask for any column; nothing else needs more than these.
+    columns = None if dataset.where.strip() else _COLUMNS
+    with open(folder / "rows.bin", "wb") as rows, open(folder / "keys.bin", "wb") as keys:
+        writer = _Writer(rows, keys, dataset, list(manifest.shards), manifest.dataset)
+        for names in _groups(manifest):
+            writer.add(read_parts(manifest, names, columns))
+    return TableInfo(
+        root=str(manifest.root),
+        dataset=manifest.dataset,
+        fingerprint=_fingerprint(manifest.fingerprint, dataset),
+        shards=[(name, entry.bytes) for name, entry in manifest.shards.items()],
+        extensions=writer.extensions,
+        dropped=writer.dropped,
+        rejected=manifest.num_rejected,
+    )
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    info: TableInfo
+    arrays: dict[str, np.ndarray]  # bucket, bounds, counts
+
+
+def _deal(
+    collected: Sequence[tuple[TableInfo, np.ndarray]], config: DataConfig, must_fill: bool
+) -> list[_Dealt]:
+    """Buckets and pieces of each dataset; ValueError when one has nothing that fits."""
+    closed: set[int] = set()
+    while True:
+        dealt = [_deal_one(info, rows, config, closed) for info, rows in collected]
+        counts = sum(piece.arrays["counts"].sum(0) for piece in dealt)
+        empty = [
+            index
+            for index, bucket in enumerate(config.buckets)
+            if bucket.optional
+            and index not in closed
+            and counts[index] < config.micro_batches_per_step * (bucket.batch_size or 1)
+        ]
+        if not (empty and must_fill):
+            break
+        # The emptier half only: its samples may fill the others.
+        empty.sort(key=lambda index: (counts[index], index))
+        closed.update(empty[: -(-len(empty) // 2)])
+    for (info, rows), piece in zip(collected, dealt, strict=True):
+        if not piece.arrays["counts"].any():
+            seen = len(rows) + sum(info.dropped.values())
+            shapes = ", ".join(bucket.name for bucket in config.buckets)
+            raise ValueError(
+                f"dataset {info.dataset!r} ({info.root}): no sample of {seen} fits "
+                f"data.buckets={shapes}: {piece.info.dropped}"
+            )
+    return dealt
+
+
+def _deal_one(
+    info: TableInfo, rows: np.ndarray, config: DataConfig, closed: Collection[int]
+) -> _Dealt:
+    bucket = np.empty(len(rows), np.int16)
+    reasons: Counter[str] = Counter()
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        bucket[part], why = assign_buckets(rows[part], config, closed)
+        reasons += why
+    sizes = np.bincount(rows["shard"], minlength=1)
+    bounds = cut_pieces(sizes, config.micro_batches_per_step)
+    counts = count_pieces(bounds, bucket, len(config.buckets))
+    dropped = {**info.dropped, **dict(sorted(reasons.items()))}
+    return _Dealt(
+        replace(info, dropped=dropped), {"bucket": bucket, "bounds": bounds, "counts": counts}
+    )
+
+
+def _groups(manifest: CatalogueManifest) -> Iterator[list[str]]:
+    """Shards in order, in groups of about _ROWS_AT_ONCE rows."""
+    ends = accumulate(entry.samples for entry in manifest.shards.values())
+    group: list[str] = []
+    number = 0
+    for name, end in zip(manifest.shards, ends, strict=True):
+        if group and end // _ROWS_AT_ONCE > number:
+            yield group
+            group, number = [], end // _ROWS_AT_ONCE
+        group.append(name)
+    yield group
+
+
+class _Writer:
+    """Appends the filtered rows of catalogue tables to two files, and counts what was dropped."""
+
+    def __init__(
+        self,
+        rows: BinaryIO,
+        keys: BinaryIO,
+        dataset: DatasetConfig,
+        shards: Sequence[str],
+        name: str,
+    ) -> None:
+        self._rows, self._keys, self._dataset = rows, keys, dataset
+        self._shards = pa.array(shards, pa.string())
+        self._name = name
+        self._key_bytes = 0
+        self.extensions: list[str] = []
+        self.dropped: dict[str, int] = {}
+
+    def add(self, table: pa.Table) -> None:
+        """Filter the rows and write those that have a wanted caption."""
+        where = self._dataset.where
+        if where.strip():
+            name = f"dataset {self._name!r}"
+            table, dropped = apply_filter(table, where, name, allow_empty=True)
+            for clause, count in dropped.items():
+                self._drop(f"where {clause}", count)
+        shares = self._dataset.captions
+        wanted = sum((share > 0) << bit for bit, share in enumerate(shares.values()))
+        kinds = caption_kinds(table, list(shares)) & np.uint16(wanted)
+        kept = np.flatnonzero(kinds)
+        self._drop(f"no caption of kind {', '.join(shares)}", len(table) - len(kept))
+        if len(kept):
+            rows = self._records(table.take(pa.array(kept)).combine_chunks())
+            rows["kinds"] = kinds[kept]
+            self._rows.write(rows.tobytes())
+
+    def _drop(self, reason: str, count: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def _records(self, table: pa.Table) -> np.ndarray:
+        rows = np.zeros(len(table), ROW)
+        for name in _COPIED:
+            rows[name] = column(table, name)
+        rows["shard"] = pc.index_in(table["shard"], self._shards).to_numpy()
+        for name in ("xxh3", "meta_xxh3"):
+            digests = bytes.fromhex("".join(table[name].to_pylist()))
+            rows[name] = np.frombuffer(digests, "V16")
+        for name in ("ext", "meta_ext"):
+            rows[name] = self._codes(table[name])
+        rows["latent"] = pc.equal(table["ext"], LATENT_EXTENSION).to_numpy()
+        keys = [key.encode() for key in table["key"].to_pylist()]
+        texts = [json.dumps(t).encode() if t else b"" for t in table["texts"].to_pylist()]
+        rows["key_size"], rows["texts_size"] = (list(map(len, part)) for part in (keys, texts))
+        ends = self._key_bytes + np.cumsum(rows["key_size"] + rows["texts_size"])
+        rows["key_start"] = [self._key_bytes, *ends[:-1]]
+        self._key_bytes = int(ends[-1])
+        self._keys.write(b"".join(key + text for key, text in zip(keys, texts, strict=True)))
+        return rows
+
+    def _codes(self, column: pa.ChunkedArray) -> np.ndarray:
+        found = pc.unique(column).to_pylist()
+        self.extensions += [name for name in found if name not in self.extensions]
+        return pc.index_in(column, pa.array(self.extensions)).to_numpy()
