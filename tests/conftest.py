@@ -1,24 +1,11 @@
-"""Shared settings: one torch thread, so that forked gloo ranks cannot deadlock, no network, and a
-cache of compiled plans that goes with the session."""
+"""Shared settings: one torch thread, so that forked gloo ranks cannot deadlock, and no network."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ["LONGTAKE_CACHE"] = tempfile.mkdtemp(prefix="longtake-tests-")
-_OWNER = os.getpid()
-
-
-@atexit.register
-def _remove_cache() -> None:
-    if os.getpid() == _OWNER:  # not in a forked rank
-        shutil.rmtree(os.environ["LONGTAKE_CACHE"], ignore_errors=True)
-
 
 import json
 import warnings
@@ -34,6 +21,12 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_CLIPS = ROOT.parent / "shared" / "videos"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_plans(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled plans go with the session, in commands that it starts too."""
+    os.environ["LONGTAKE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
