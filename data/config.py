@@ -75,8 +75,8 @@ class DatasetConfig:
 class CacheConfig:
     """What this node keeps: compiled plans, and samples of remote shards up to `max_bytes`.
 
-    `folder` None stands for $LONGTAKE_CACHE, or $XDG_CACHE_HOME/longtake. A remote read is tried again `retries` times
-    with growing pauses; each try may take `timeout` seconds.
+    `folder` None stands for $LONGTAKE_CACHE, or $XDG_CACHE_HOME/longtake. A remote read is tried
+    again `retries` times with growing pauses; each try may take `timeout` seconds.
     """
 
     folder: str | None = None
