@@ -91,6 +91,7 @@ class SampleReader:
             decoder=self._config.decoder,
             size=covering_size(record.height, record.width, height, width),
             resize=self._config.resize,
+            frame_size=(record.height, record.width),
         )
         clip.video = crop_clip(frames, height, width, clip.sample.crop)
 

@@ -165,7 +165,8 @@ def index_shards(
     `dataset` (default: the folder's name) enters every sample_id. Samples that cannot be used are
     kept out, with their reasons. Shards that neither changed since they were indexed (size and time
     of change) nor would be indexed otherwise are taken over, unless `fresh`. A run that is killed
-    goes on where it was. `probe` full decodes every frame; header reads none.
+    goes on where it was. `probe` full decodes every frame; header none of an MP4, and
+    elsewhere the first, which alone tells its size on display.
 
     Raises:
         ValueError: no folder or shards, a damaged shard, a key in two shards, or nothing usable.

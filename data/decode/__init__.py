@@ -22,7 +22,7 @@ from longtake.data.decode.source import (
     read_timeline,
 )
 from longtake.data.decode.with_decord import decode_decord
-from longtake.data.decode.with_pyav import decode_pyav, first_look, iter_frames
+from longtake.data.decode.with_pyav import decode_pyav, first_look, header_look, iter_frames
 
 __all__ = [
     "DECODERS",
@@ -46,7 +46,7 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What packets, header and the first frame say. Times in seconds; an image has fps 0.
+    """What packets and header say. Times in seconds; an image has fps 0.
 
     `height` and `width` are those on display: turned as the file asks, with square pixels.
     """
@@ -62,8 +62,8 @@ class VideoInfo:
 
 
 def probe(data: bytes, *, limits: HeaderLimits | None = None) -> VideoInfo:
-    """Size, rate, length and codec of a video or image. Decodes its first frame only: nothing
-    else tells the true size and how it is turned.
+    """Size, rate, length and codec of a video or image, from header and packets. No frame of an
+    MP4 is decoded; other containers leave the size on display to the codec, so one frame is.
 
     Raises:
         DecodeError: unknown container, no video stream, over the limits, truncated or damaged file.
@@ -71,7 +71,10 @@ def probe(data: bytes, *, limits: HeaderLimits | None = None) -> VideoInfo:
     limits = limits or HeaderLimits()
     with open_video(data, limits) as (container, stream):
         timeline = read_timeline(data, container, stream, limits)
-        height, width = first_look(data, container, stream, timeline, limits).size
+        look = header_look(data, container, stream, limits)
+        if look is None:
+            look = first_look(data, container, stream, timeline, limits)
+        height, width = look.size
         duration = 0.0 if is_image(container) else timeline.duration
         return VideoInfo(
             frames=len(timeline.pts),
@@ -93,13 +96,16 @@ def decode_clip(
     size: tuple[int, int] | None = None,
     limits: HeaderLimits | None = None,
     resize: str = "fast",
+    frame_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Frames on display at `times` (seconds from the first frame), RGB uint8 (T, H, W, 3).
 
     `size` = (height, width) resizes while converting: `fast` with a triangle filter, `antialias`
     faithfully (see PictureMaker). `decoder`: `auto` is PyAV, since it reads every codec tried and
-    random windows 1.4 times as fast as decord, at 7 dB more (tests/bench/bench_decode.py);
-    `decord` cannot read AV1, and still pictures are read by PyAV under its name.
+    random windows 1.1 to 1.5 times as fast as decord, the more B-frames the faster
+    (tests/bench/bench_decode.py); `decord` cannot read AV1, and still pictures are read by PyAV
+    under its name. `frame_size` (height, width) is the size on display that the caller counts on:
+    a clip of another one would come out of shape, and is an error.
 
     Raises:
         DecodeError: nothing but the whole clip is ever returned.
@@ -111,4 +117,4 @@ def decode_clip(
     if not len(times):
         raise ValueError("times is empty; ask for at least one frame")
     decode = decode_decord if decoder == "decord" else decode_pyav
-    return decode(data, times, size, limits or HeaderLimits(), resize)
+    return decode(data, times, size, limits or HeaderLimits(), resize, frame_size)

@@ -54,6 +54,7 @@ def check_jpeg(data: bytes) -> None:
 
 
 _EXIF = re.compile(rb"(?:Exif\0\0|eXIf|EXIF....(?:Exif\0\0)?)(II\*\0|MM\0\*)", re.DOTALL)
+_UPRIGHT = (1 << 16, 0, 0, 1 << 16)  # 16.16 fixed point
 _ORIENTATION = 0x112
 
 
@@ -73,6 +74,49 @@ def exif_orientation(data: bytes) -> int:
         if number(entry, 2) == _ORIENTATION:
             return number(entry + 8, 2)
     return 1
+
+
+def track_matrix(data: bytes, track: int) -> tuple[int, int, int, int] | None:
+    """a, b, c, d of the display matrix of an MP4's track (ISO 14496-12, 8.3.2); None where the
+    file does not say, or where the movie has a matrix of its own."""
+    found = None
+    for kind, start, stop in _inside(data, 0, len(data), b"moov"):
+        if kind == b"mvhd" and _matrix(data, start, stop, 36) != _UPRIGHT:
+            return None
+        for inner, first, last in _inside(data, start, stop) if kind == b"trak" else ():
+            offset = first + (20 if data[first : first + 1] == b"\x01" else 12)
+            if inner == b"tkhd" and data[offset : offset + 4] == track.to_bytes(4, "big"):
+                found = _matrix(data, first, last, 40)
+    return found
+
+
+def _inside(
+    data: bytes, start: int, stop: int, within: bytes = b""
+) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, start and stop of the body of each box between two places, or of those inside the box
+    `within` there."""
+    while start + 8 <= stop:
+        size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
+        body = start + 8
+        if size == 1:
+            size, body = int.from_bytes(data[body : body + 8], "big"), body + 8
+        end = start + size
+        if end < body or end > stop:
+            return
+        if kind == within:
+            yield from _inside(data, body, end)
+        elif not within:
+            yield kind, body, end
+        start = end
+
+
+def _matrix(data: bytes, start: int, stop: int, offset: int) -> tuple[int, int, int, int] | None:
+    """a, b, c, d of the matrix that lies `offset` bytes into a header box of version 0."""
+    start += offset + (12 if data[start : start + 1] == b"\x01" else 0)
+    if start + 36 > stop:
+        return None
+    a, b, _, c, d = np.frombuffer(data, ">i4", 5, start).tolist()
+    return a, b, c, d
 
 
 def count_left_out(data: bytes, name: str, stream: int) -> float:

@@ -55,6 +55,7 @@ class DecodeGuard:
         size: tuple[int, int] | None = None,
         limits: HeaderLimits | None = None,
         resize: str = "fast",
+        frame_size: tuple[int, int] | None = None,
     ) -> np.ndarray:
         """Frames as of `longtake.data.decode.decode_clip`, RGB uint8 (T, H, W, 3), bit for bit.
 
@@ -68,6 +69,7 @@ class DecodeGuard:
             "size": size,
             "limits": asdict(limits or HeaderLimits()),
             "resize": resize,
+            "frame_size": frame_size,
         }
         answer = self._ask(data, request)
         assert self._child is not None

@@ -59,7 +59,7 @@ def exif_turn(orientation: int) -> Turn:
 
 
 def display_turn(frame: VideoFrame) -> Turn:
-    """The turn of a frame's display matrix, to the nearest quarter (ISO 14496-12, 6.2.2)."""
+    """The turn of a frame's display matrix (ISO 14496-12, 6.2.2)."""
     try:
         side = frame.side_data.get(Type.DISPLAYMATRIX)
     except ValueError:  # side data that PyAV has no name for hides the rest; mirroring is lost
@@ -69,6 +69,11 @@ def display_turn(frame: VideoFrame) -> Turn:
     if side is None:
         return Turn()
     a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
+    return matrix_turn(a, b, c, d)
+
+
+def matrix_turn(a: int, b: int, c: int, d: int) -> Turn:
+    """The turn nearest to what a display matrix does: (x, y) to (a x + c y, b x + d y)."""
     if abs(b) > abs(a):
         return Turn(transpose=True, flip_x=c < 0, flip_y=b < 0)
     return Turn(flip_x=a < 0, flip_y=d < 0)
@@ -77,16 +82,23 @@ def display_turn(frame: VideoFrame) -> Turn:
 class PictureMaker:
     """Turns the frames of one clip into RGB pictures of one size.
 
-    `size` = (height, width) as displayed; None keeps the clip's own. `turn` None stands for the one
+    `size` = (height, width) as displayed; None keeps the clip's own, which must be `expected` where
+    that is given. `turn` None stands for the one
     that the first frame asks for. `fast` scales and converts in one step with a triangle filter;
     `antialias` converts to RGB at full size and then scales with Lanczos (3 lobes, widened to the
     scale): 55 dB and more against doing both in floating point.
     """
 
     def __init__(
-        self, size: tuple[int, int] | None, resize: str, limits: HeaderLimits, turn: Turn | None
+        self,
+        size: tuple[int, int] | None,
+        resize: str,
+        limits: HeaderLimits,
+        turn: Turn | None,
+        expected: tuple[int, int] | None = None,
     ) -> None:
-        self._size, self._resize, self._limits, self._turn = size, resize, limits, turn
+        self._size, self._resize, self.limits, self._turn = size, resize, limits, turn
+        self._expected = expected
         self._stored: tuple[int, int] | None = None
 
     def shown_size(self, frame: VideoFrame, aspect: float) -> tuple[int, int]:
@@ -95,9 +107,9 @@ class PictureMaker:
         Raises:
             DecodeError: over the limits.
         """
-        self._limits.check_size(frame.width, frame.height)
+        self.limits.check_size(frame.width, frame.height)
         width = round(frame.width * aspect)
-        self._limits.check_size(width, frame.height)
+        self.limits.check_size(width, frame.height)
         if self._turn is None:
             self._turn = display_turn(frame)
         return self._turn.size(frame.height, width)
@@ -115,10 +127,20 @@ class PictureMaker:
             raise DecodeError("damaged frame")
         if self._stored is None:
             shown = self.shown_size(frame, aspect)
+            check_shown(shown, self._expected)
             self._stored, self._target = stored, self._turn.size(*(self._size or shown))
         elif stored != self._stored:
             raise DecodeError("the frame size changes inside the clip")
         return self._turn.apply(_scaled(frame, *self._target, self._resize))
+
+
+def check_shown(shown: tuple[int, int], expected: tuple[int, int] | None) -> None:
+    """Raises DecodeError unless a clip's (height, width) on display is the `expected` one."""
+    if expected is not None and shown != tuple(expected):
+        raise DecodeError(
+            f"frames are {shown[1]}x{shown[0]} on display, the header promised "
+            f"{expected[1]}x{expected[0]}: index the shard with --probe full"
+        )
 
 
 def scale_pictures(pictures: np.ndarray, size: tuple[int, int], resize: str) -> np.ndarray:

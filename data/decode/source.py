@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import av
 import numpy as np
@@ -22,6 +23,7 @@ from longtake.data.decode.containers import (
 
 # A frame is on display from its time until the next one's; a request this much early still gets it.
 _TIME_SLACK = 1e-3  # seconds: above rounding of float32 rates, below a frame at 240 fps
+_FEW_FRAMES = 64  # reading so many packets costs half a millisecond
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 
 
@@ -49,6 +51,7 @@ class Timeline:
     keyframes: np.ndarray  # (K,) int64, also those that an edit list leaves out
     end: int
     time_base: float
+    is_whole: bool = True  # or only the first frame and those around a window
 
     @property
     def duration(self) -> float:
@@ -191,6 +194,63 @@ def read_timeline(
         end = int(times[-1]) + max(1, round((times[-1] - times[0]) / max(len(times) - 1, 1)))
     keys = np.sort(np.frombuffer(keyframes, np.int64))
     return Timeline(times, keys, end, float(stream.time_base or 1))
+
+
+def read_window(
+    container: InputContainer, stream: VideoStream, times: Sequence[float]
+) -> Timeline | None:
+    """The part of an MP4's timeline that `times` (seconds) need, by the file's own index: a window
+    of a long clip costs no more than one of a short clip. None where that does not pay or tell.
+
+    Damage elsewhere in the file goes unnoticed here.
+
+    Raises:
+        DecodeError: a damaged packet, or times outside the clip.
+    """
+    if "mov" not in container.format.name or stream.frames <= _FEW_FRAMES:
+        return None
+    base = float(stream.time_base or 1)
+    origin = _first_time(container, stream)
+    if origin is None:
+        return None
+    first, last = (origin + (t + _TIME_SLACK) / base for t in (min(times), max(times)))
+    container.seek(int(first), stream=stream)
+    pts, keyframes = array("q", [origin]), array("q")
+    end = origin
+    for packet in container.demux(stream):
+        if not packet.size:
+            continue
+        time = packet.pts
+        if time is None or packet.dts is None:
+            return None
+        if packet.is_corrupt:
+            raise DecodeError("damaged packet")
+        if not keyframes and not (packet.is_keyframe and time <= first):
+            return None
+        if packet.is_keyframe:
+            keyframes.append(time)
+        if not packet.is_discard:
+            pts.append(time)
+            end = max(end, time + (packet.duration or 0))
+        if packet.dts > last:  # nothing that follows is shown earlier
+            end = max(end, int(last) + 1)
+            break
+    shown = np.unique(np.frombuffer(pts, np.int64))
+    keys = np.sort(np.frombuffer(keyframes, np.int64))
+    return Timeline(shown, keys, end, base, is_whole=False) if len(keys) else None
+
+
+def _first_time(container: InputContainer, stream: VideoStream) -> int | None:
+    """Time stamp of the first frame that is shown; None where the first packets do not tell."""
+    first = None
+    for packet in islice(container.demux(stream), _FEW_FRAMES):
+        if packet.pts is None or packet.dts is None:
+            return None
+        if first is not None and packet.dts > first:
+            return first
+        if not packet.is_discard:
+            first = packet.pts if first is None else min(first, packet.pts)
+    return None
 
 
 def frame_rate(stream: VideoStream, timeline: Timeline) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from longtake.data.decode.containers import DecodeError
-from longtake.data.decode.pixels import Turn, scale_pictures
+from longtake.data.decode.pixels import Turn, check_shown, scale_pictures
 from longtake.data.decode.source import (
     HeaderLimits,
     Timeline,
@@ -29,6 +29,7 @@ def decode_decord(
     size: tuple[int, int] | None,
     limits: HeaderLimits,
     resize: str,
+    frame_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """`decode_clip` of decord: RGB uint8 (T, H, W, 3), one thread, scaled while decoding.
 
@@ -38,7 +39,7 @@ def decode_decord(
     decord = _import_decord()
     with open_video(data, limits) as (container, stream):
         if is_image(container):
-            return decode_pyav(data, times, size, limits, resize)
+            return decode_pyav(data, times, size, limits, resize, frame_size)
         if stream.codec_context.codec.canonical_name == "av1":
             raise DecodeError("decord cannot read AV1; choose data.decoder=auto")
         # It takes the one that FFmpeg likes best; the number of frames then tells which that was.
@@ -47,6 +48,7 @@ def decode_decord(
         timeline = read_timeline(data, container, stream, limits)
         first = first_look(data, container, stream, timeline, limits)
         is_avi = container.format.name == "avi"
+    check_shown(first.size, frame_size)
     if first.turn.is_mirrored:
         raise DecodeError("decord cannot mirror frames; use data.decoder=auto")
     indices = timeline.indices(times).tolist()

@@ -7,6 +7,7 @@ that changes a pixel of the frames that come out.
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +16,21 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from longtake.data.decode.containers import DecodeError, exif_orientation
-from longtake.data.decode.pixels import PictureMaker, Turn, display_turn, exif_turn
-from longtake.data.decode.source import HeaderLimits, Timeline, is_image, open_video, read_timeline
+from longtake.data.decode.containers import (
+    DecodeError,
+    container_format,
+    exif_orientation,
+    track_matrix,
+)
+from longtake.data.decode.pixels import PictureMaker, Turn, display_turn, exif_turn, matrix_turn
+from longtake.data.decode.source import (
+    HeaderLimits,
+    Timeline,
+    is_image,
+    open_video,
+    read_timeline,
+    read_window,
+)
 
 _IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # IDR slice (ITU-T H.264, 7.3.1)
 # Decoders that may be told for each packet to leave out what nothing refers to; others look at it
@@ -48,21 +61,42 @@ def decode_pyav(
     size: tuple[int, int] | None,
     limits: HeaderLimits,
     resize: str,
+    frame_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """`decode_clip` of PyAV: RGB uint8 (T, H, W, 3), in memory as (T, 3, H, W)."""
+
+    def clip(container: InputContainer, stream: VideoStream, timeline: Timeline) -> np.ndarray:
+        maker = PictureMaker(size, resize, limits, _known_turn(data, container), frame_size)
+        return _clip(data, container, stream, timeline, times, maker)
+
     with open_video(data, limits) as (container, stream):
-        timeline = read_timeline(data, container, stream, limits)
-        places: dict[int, list[int]] = {}
-        for place, time in enumerate(timeline.pts[timeline.indices(times)].tolist()):
-            places.setdefault(time, []).append(place)
-        maker = PictureMaker(size, resize, limits, _known_turn(data, container))
-        clip = None
-        for found in _wanted_frames(data, container, stream, timeline, limits, sorted(places)):
-            picture = maker(found.frame, found.aspect)
-            if clip is None:
-                clip = np.empty((len(times), *picture.shape), np.uint8)  # (T, 3, H, W)
-            for place in places.pop(found.time):
-                clip[place] = picture
+        window = read_window(container, stream, times)
+        if window is not None:
+            with suppress(_Missing):  # an open group of pictures, say, that needs what lies before
+                return clip(container, stream, window)
+    with open_video(data, limits) as (container, stream):
+        return clip(container, stream, read_timeline(data, container, stream, limits))
+
+
+def _clip(
+    data: bytes,
+    container: InputContainer,
+    stream: VideoStream,
+    timeline: Timeline,
+    times: Sequence[float],
+    maker: PictureMaker,
+) -> np.ndarray:
+    places: dict[int, list[int]] = {}
+    for place, time in enumerate(timeline.pts[timeline.indices(times)].tolist()):
+        places.setdefault(time, []).append(place)
+    clip = None
+    wanted = sorted(places)
+    for found in _wanted_frames(data, container, stream, timeline, maker.limits, wanted):
+        picture = maker(found.frame, found.aspect)
+        if clip is None:
+            clip = np.empty((len(times), *picture.shape), np.uint8)  # (T, 3, H, W)
+        for place in places.pop(found.time):
+            clip[place] = picture
     if places or clip is None:
         raise _missing(timeline, min(places))
     return clip.transpose(0, 2, 3, 1)
@@ -122,6 +156,27 @@ def _interval(timeline: Timeline, start: float, stop: float, fps: float | None) 
     return timeline.indices(start + np.arange(count) / fps)
 
 
+def header_look(
+    data: bytes, container: InputContainer, stream: VideoStream, limits: HeaderLimits
+) -> FirstLook | None:
+    """What the header of an MP4 says; None where it, or another container, leaves the shape of
+    pixels or the way up to the codec.
+
+    Raises:
+        DecodeError: over the limits.
+    """
+    context = stream.codec_context
+    if container_format(data) != "mov" or not (context.width and context.height):
+        return None
+    matrix = track_matrix(data, stream.id)
+    if matrix is None:
+        return None
+    turn = matrix_turn(*matrix)
+    width = round(context.width * _pixel_aspect(container, stream))
+    limits.check_size(width, context.height)
+    return FirstLook(turn.size(context.height, width), turn)
+
+
 def first_look(
     data: bytes,
     container: InputContainer,
@@ -155,9 +210,13 @@ def _pixel_aspect(container: InputContainer, stream: VideoStream) -> float:
     return float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1)
 
 
-def _missing(timeline: Timeline, time: int) -> DecodeError:
+class _Missing(DecodeError):
+    """A frame that is in the timeline and does not come out of the decoder."""
+
+
+def _missing(timeline: Timeline, time: int) -> _Missing:
     seconds = float((time - timeline.pts[0]) * timeline.time_base)
-    return DecodeError(f"frame at {seconds:.3f} s cannot be decoded")
+    return _Missing(f"frame at {seconds:.3f} s cannot be decoded")
 
 
 def _wanted_frames(
@@ -181,7 +240,7 @@ def _wanted_frames(
                 yield found
             if len(left) < len(run):
                 break
-        if len(left) == len(run):
+        if len(left) == len(run) and timeline.is_whole:
             with open_video(data, limits) as (fresh, again):
                 for found in _matched(fresh, again, timeline.pts if _is_avi(fresh) else None, left):
                     left.discard(found.time)

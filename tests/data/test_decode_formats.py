@@ -13,7 +13,7 @@ from av.stream import Disposition
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from longtake.data.decode import DecodeError, decode_clip, iter_frames, probe
+from longtake.data.decode import DecodeError, decode_clip, iter_frames, probe, source, with_pyav
 from tests.data.test_decode import psnr
 
 CODECS = {
@@ -82,8 +82,12 @@ def reference(data: bytes) -> np.ndarray:
         )
 
 
+@pytest.mark.parametrize("few", [64, 2], ids=["timeline read whole", "around the window"])
 @pytest.mark.parametrize("name", CODECS)
-def test_any_window_is_bit_equal_to_a_decode_of_the_whole(name: str) -> None:
+def test_any_window_is_bit_equal_to_a_decode_of_the_whole(
+    name: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_FEW_FRAMES", few)
     codec, pixels, form, options = CODECS[name]
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
@@ -96,6 +100,24 @@ def test_any_window_is_bit_equal_to_a_decode_of_the_whole(name: str) -> None:
             clip = decode_clip(data, [(i + 0.3) / 25 for i in indices])
             assert np.array_equal(clip, whole[list(indices)]), (start, list(indices))
     assert np.array_equal(list(iter_frames(data, 0.4, 99.0)), whole[10:])
+    with pytest.raises(DecodeError, match="clip lasts"):
+        decode_clip(data, [1.2, 1.7])
+
+
+def test_a_window_of_a_long_clip_reads_only_its_own_packets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Several edits and lengths, whose windows equal those of a timeline that is read whole."""
+    data = write("libx264", "yuv420p", "mp4", {"g": "20", "crf": "30"}, count=200)
+    times = [2.0, 2.1, 2.5]
+    expected = decode_clip(data, times)
+
+    def fail(*args: object) -> None:
+        raise AssertionError("the whole timeline was read")
+
+    monkeypatch.setattr(with_pyav, "read_timeline", fail)
+    assert np.array_equal(decode_clip(data, times), expected)
+    assert len(decode_clip(data, [0.0])) == len(decode_clip(data, [7.96])) == 1
 
 
 @pytest.mark.parametrize("name", ["h264", "h264 open groups", "hevc", "vp9", "vp8", "h264 avi"])

@@ -48,13 +48,15 @@ def test_a_header_that_claims_16k_frames() -> None:
 def test_a_codec_that_has_larger_frames_than_the_header() -> None:
     data = write("libx264", "yuv420p", "mp4", {}, count=2, size=(256, 512))
     lying = _patched(data, b"avc1", 24, ">HH", 32, 32)
-    assert probe(lying).height == 256
-    small = HeaderLimits(max_pixels=64 * 64)
-    for read in (probe, lambda d, limits: decode_clip(d, [0.0], limits=limits)):
-        with pytest.raises(DecodeError, match=r"over the limit|damaged"):
-            read(lying, limits=small)
+    info = probe(lying)
+    assert (info.height, info.width) == (32, 64), "no frame is decoded to find out"
+    with pytest.raises(DecodeError, match=r"over the limit|damaged"):
+        decode_clip(lying, [0.0], limits=HeaderLimits(max_pixels=64 * 64))
     with pytest.raises(DecodeError, match="512x256 is over the limit"):
-        probe(lying, limits=HeaderLimits(max_side=300))
+        decode_clip(lying, [0.0], limits=HeaderLimits(max_side=300))
+    for decoder in ("pyav", "decord"):
+        with pytest.raises(DecodeError, match="on display, the header promised 64x32"):
+            decode_clip(lying, [0.0], decoder=decoder, frame_size=(32, 64), size=(16, 32))
 
 
 @pytest.mark.parametrize("count", [10**6, 2 * 10**6, 2**31])
