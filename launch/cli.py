@@ -20,6 +20,15 @@ DESCRIPTION = (
 COMMANDS: tuple[Command, ...] = (*data_commands.COMMANDS, *run_commands.COMMANDS)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for None, and where the text names its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", False) or "default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; `args.command` is the chosen `Command`."""
     parser = argparse.ArgumentParser(prog="longtake", description=DESCRIPTION)
@@ -29,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.name,
             help=command.title,
             description=command.title,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         command.add_arguments(sub)
         sub.set_defaults(command=command)

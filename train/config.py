@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from longtake.data.config import DataConfig, check_data_config
 from longtake.data.plan.costs import resolve_buckets
+from longtake.train.engine import native_precision
 from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, require
 
 # Keys that may differ on resume: where things lie, how they are watched, how work is split.
@@ -46,6 +48,7 @@ def parse_config(cfg: Any) -> VAERun | DiTRun:
         raise ValueError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
     assert isinstance(tree, dict)
     _locate(tree)
+    _resolve_precision(tree)
     stage = tree.get("stage")
     choice("stage", stage, STAGES, "pick an experiment=... or a stage=...")
     config = _build(VAERun if stage == "vae" else DiTRun, tree, "")
@@ -127,6 +130,16 @@ def _locate(tree: dict[str, Any]) -> None:
             value = section.get(key)
             if isinstance(value, str) and value and Path(value).is_dir():
                 section[key] = str(Path(value).absolute())
+
+
+def _resolve_precision(tree: dict[str, Any]) -> None:
+    """`auto` becomes what this machine computes in, so that config.yaml says what was done."""
+    engine, train = tree.get("engine"), tree.get("train")
+    if isinstance(engine, dict) and engine.get("precision") == "auto":
+        cuda = (
+            torch.cuda.is_available() and isinstance(train, dict) and train.get("device") != "cpu"
+        )
+        engine["precision"] = native_precision(torch.device("cuda" if cuda else "cpu"))
 
 
 def _check_run(config: VAERun | DiTRun) -> None:

@@ -133,6 +133,7 @@ def test_config_yaml_reads_back_the_same(experiment: str, tmp_path: Path) -> Non
 
 def test_only_changes_of_the_training_count() -> None:
     old = to_tree(parse_config(tree(["experiment=demo_dit"])))
+    other = {"bf16": "fp32", "fp32": "bf16"}[old["engine"]["precision"]]
 
     def changes(*overrides: str) -> list[str]:
         return training_changes(
@@ -149,7 +150,7 @@ def test_only_changes_of_the_training_count() -> None:
         "seed: 0 -> 1",
         "data.micro_batches_per_step: 2 -> 4",
     ]
-    assert changes("engine.precision=fp32") and changes("train.steps=9")
+    assert changes(f"engine.precision={other}") and changes("train.steps=9")
     assert changes("data.train.0.where='fps > 2'") and changes("tasks.i2v=0.5")
 
 
@@ -158,3 +159,13 @@ def test_slots_must_divide_over_the_ranks() -> None:
     check_world_size(config, 2)
     with pytest.raises(ValueError, match=r"micro_batches_per_step=4 .* 3"):
         check_world_size(config, 3)
+
+
+@pytest.mark.parametrize("native", ["bf16", "fp32"])
+def test_auto_precision_is_what_the_machine_computes_in(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longtake.train.config.native_precision", lambda device: native)
+    overrides = ["experiment=nano_identity", "train.device=cpu"]
+    assert parse_config(tree(overrides)).engine.precision == native
+    assert parse_config(tree([*overrides, "engine.precision=bf16"])).engine.precision == "bf16"
