@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,23 +17,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
 # Below this many samples a fraction says little: a few bad clips at the start must not stop a run.
 MIN_SEEN = 200
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its launcher dies (prctl(2), PR_SET_PDEATHSIG).
-
-    torchrun puts each worker into a session of its own: killed itself, it would leave them
-    training in a folder that the next attempt also writes to. Only Linux has this.
-    """
-    parent = os.getppid()
-    if not sys.platform.startswith("linux"):
-        return
-    set_death_signal = 1
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(set_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class StopSignal:

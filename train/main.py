@@ -13,9 +13,9 @@ from typing import Any
 
 import hydra
 
+from longtake.data.processes import die_with_parent
 from longtake.train.config import parse_config
 from longtake.train.engine import shutdown
-from longtake.train.health import die_with_parent
 from longtake.train.run_folder import FAILED, mark
 from longtake.train.setup import build, check, join
 from longtake.train.trainer import Training, train
@@ -70,5 +70,7 @@ def _complain(error: BaseException) -> None:
 def main(cfg: Any) -> None:
     """Compose `conf/` with the command line, train, leave with the exit code."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+        # torchrun puts each worker into a session of its own: killed itself, it would leave them
+        # training in a folder that the next attempt also writes to.
+        die_with_parent(os.getppid())
     shutdown(run(cfg))

@@ -1,6 +1,5 @@
 """The process behind DecodeGuard, which starts it."""
 
-import ctypes
 import json
 import os
 import resource
@@ -13,8 +12,7 @@ import numpy as np
 
 from longtake.data.decode import HeaderLimits, decode_clip, probe
 from longtake.data.decode.containers import DecodeError
-
-_PR_SET_PDEATHSIG = 1
+from longtake.data.processes import die_with_parent, limit_memory
 
 
 def main() -> None:
@@ -23,10 +21,14 @@ def main() -> None:
     Arguments: descriptors of payload and frames, bytes of memory allowed, process id of the owner.
     """
     payload, frames, max_memory, owner = map(int, sys.argv[1:])
-    _live_with(owner)
+    # The owner handles signals to the job; this process ends with it, even while it hangs.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(owner)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
-    _limit_memory(max_memory)
+    limit_memory(max_memory)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers.write("{}\n")
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -50,20 +52,3 @@ def _serve(request: dict[str, Any], payload: int, frames: int) -> dict[str, Any]
     while position < len(view):
         position += os.pwrite(frames, view[position:], position)
     return {"shape": clip.shape}
-
-
-def _live_with(owner: int) -> None:
-    """The owner handles signals to the job; this process ends with it, even while it hangs."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != owner:  # it died before that took effect
-        sys.exit()
-
-
-def _limit_memory(size: int) -> None:
-    """`size` bytes above what the process has mapped now; no core files."""
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,16 +1,15 @@
 """Processes that work through untrusted files: one that hangs or dies costs its file, no more."""
 
-import ctypes
 import multiprocessing
 import os
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from longtake.data.processes import die_with_parent, limit_memory
 
 _HEARTBEAT = 1.0  # seconds between signs of life, at least
 _FORK = multiprocessing.get_context("fork")
@@ -129,8 +128,8 @@ def _serve(
     for other in others:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is the parent's to handle
-    _die_with(parent)
-    _limit_memory(max_memory)
+    die_with_parent(parent)
+    limit_memory(max_memory)
     last = time.monotonic()
 
     def alive() -> None:
@@ -153,21 +152,3 @@ def _serve(
         except Exception as error:  # a defect of ours that one file shows is no reason to stop
             answer = "failed", f"{type(error).__name__}: {error}"
         pipe.send(answer)
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies (prctl(2), Linux only)."""
-    if sys.platform.startswith("linux"):
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _limit_memory(max_memory: int) -> None:
-    """On top of the address space that the fork brought along."""
-    if not sys.platform.startswith("linux"):
-        return
-    with open("/proc/self/statm", encoding="ascii") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + max_memory, resource.RLIM_INFINITY))

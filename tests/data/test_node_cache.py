@@ -218,6 +218,9 @@ def test_a_sample_beyond_the_limit_is_said_once(tmp_path: Path) -> None:
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGTAKE_CACHE", str(tmp_path / "mine"))
+    assert cache_folder(CacheConfig()) == tmp_path / "mine"
+    monkeypatch.delenv("LONGTAKE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(CacheConfig()) == tmp_path / "longtake"
     monkeypatch.delenv("XDG_CACHE_HOME")

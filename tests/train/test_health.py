@@ -125,8 +125,9 @@ def test_one_marker_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has PDEATHSIG")
 def test_a_worker_does_not_outlive_its_launcher(tmp_path: Path) -> None:
     worker = (
-        "import os, pathlib, sys, time; from longtake.train.health import die_with_parent;"
-        "die_with_parent(); pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+        "import os, pathlib, sys, time; from longtake.data.processes import die_with_parent;"
+        "die_with_parent(os.getppid());"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
     )
     launcher = (
         "import subprocess, sys;"
