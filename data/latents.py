@@ -22,6 +22,7 @@ from torch import Tensor
 from longtake.data.catalogue import Catalogue, build_catalogue
 from longtake.data.samples import LATENT_EXTENSION, SampleError, parse_meta
 from longtake.data.shards import ShardWriter
+from longtake.data.shards.storage import join, parse_root, read_file
 
 MANIFEST = "latents.json"
 EMPTY_TEXT = "empty_text.safetensors"
@@ -187,16 +188,19 @@ class LatentWriter:
 
 
 def read_manifest(folder: Path | str) -> LatentManifest:
-    """How a folder of latents was made.
+    """How a folder, or URL, of latents was made.
 
     Raises:
         ValueError: the manifest is missing or damaged.
     """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; make latents with `longtake encode`")
+    root = parse_root(folder)
+    path = join(root, MANIFEST)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        text = read_file(root, MANIFEST)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; make latents with `longtake encode`") from None
+    try:
+        fields = json.loads(text)
         fields["text"] = TextCache(**fields["text"])
         fields["strides"] = tuple(fields["strides"])
         manifest = LatentManifest(**fields)
@@ -213,10 +217,13 @@ def read_empty_text(folder: Path | str) -> Tensor:
     Raises:
         ValueError: the folder holds none.
     """
-    path = Path(folder) / EMPTY_TEXT
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; run `longtake encode` again")
-    return load(path.read_bytes())["text"]
+    root = parse_root(folder)
+    try:
+        return load(read_file(root, EMPTY_TEXT))["text"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"{join(root, EMPTY_TEXT)}: missing; run `longtake encode` again"
+        ) from None
 
 
 def refuse_other_vae(manifest: LatentManifest, vae_hash: str) -> None:

@@ -93,6 +93,8 @@ class SampleReader:
             resize=self._config.resize,
             frame_size=(record.height, record.width),
         )
+        if clip.sample.flip:
+            frames = frames[:, :, ::-1]
         clip.video = crop_clip(frames, height, width, clip.sample.crop)
 
     def _fill_latents(self, clip: Clip, source: "_Source", payload: bytes) -> None:

@@ -83,6 +83,8 @@ class Plan:
             for index, table in enumerate(self.tables)
         ]
         self._check_buckets_fill()
+        if config.flip and any(table.info.holds_latents for table in self.tables):
+            raise ValueError("data.flip=true: cached latents cannot be mirrored; set it to false")
         self._mixture = self._dataset_shares()
         self._schedule = self._bucket_shares()
         self._pack_size = (
@@ -228,9 +230,7 @@ class Plan:
         sample_id = int(self.tables[dataset].rows["sample_id"][place.row])
         parts = (self.seed, sample_id, place.visit)
         seed = derive_seed(*parts) if replaces is None else derive_seed(*parts, replaces)
-        return self._draws.sample(
-            dataset, place, bucket, seed, crop=self.config.crop, window=self.config.window
-        )
+        return self._draws.sample(dataset, place, bucket, seed, augment=True)
 
     def _drops(self) -> list[str]:
         return [line for table in self.tables for line in table.drops()]

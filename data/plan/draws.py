@@ -18,10 +18,13 @@ class Draws:
         self.tables, self._datasets, self._config = tables, datasets, config
 
     def sample(
-        self, dataset: int, place: Place, bucket: int, seed: int, *, crop: str, window: str
+        self, dataset: int, place: Place, bucket: int, seed: int, *, augment: bool
     ) -> PlannedSample:
-        """Fill in everything about a sample that is drawn from its seed."""
+        """Fill in everything about a sample that is drawn from its seed: window, crop and flip as
+        the config says, or with `augment` False the centre."""
         shape = self._config.buckets[bucket]
+        window = self._config.window if augment else "center"
+        random_crop = augment and self._config.crop == "random"
         table = self.tables[dataset]
         record = table.record(place.row)
         rate, times = clip_times(
@@ -32,7 +35,7 @@ class Draws:
             target_fps=self._config.fps,
             part=uniform(seed, "times") if window == "random" else float(window == "center") / 2,
         )
-        at = (uniform(seed, "crop.y"), uniform(seed, "crop.x")) if crop == "random" else (0.5, 0.5)
+        at = (uniform(seed, "crop.y"), uniform(seed, "crop.x")) if random_crop else (0.5, 0.5)
         return PlannedSample(
             dataset=dataset,
             row=place.row,
@@ -43,6 +46,7 @@ class Draws:
             times=times,
             fps=rate,
             crop=at,
+            flip=augment and self._config.flip and uniform(seed, "flip") < 0.5,
             caption_kind=self._caption_kind(dataset, record.kinds, seed),
             seed=seed,
             bucket=bucket,

@@ -9,8 +9,9 @@ class PlannedSample:
     """One sample of one step, fully determined before a byte is read.
 
     `row` is its row in the filtered catalogue of `dataset`; `shape` (T, H, W); `times` are seconds
-    from the clip's first frame; `crop` (y, x) fractions of the free space; `seed` the root of all
-    its random draws. `replaces` is the sample_id that an exclusion took out.
+    from the clip's first frame; `crop` (y, x) fractions of the free space; `flip` mirrors left to
+    right; `seed` is the root of all its random draws. `replaces` is the sample_id that an exclusion
+    took out.
     """
 
     dataset: int
@@ -22,6 +23,7 @@ class PlannedSample:
     times: tuple[float, ...]
     fps: float
     crop: tuple[float, float]
+    flip: bool
     caption_kind: str
     seed: int
     bucket: int

@@ -84,4 +84,4 @@ class ValPlan:
         sample_id = int(self.tables[dataset].rows["sample_id"][row])
         seed = derive_seed(self.seed, "val", sample_id)
         place = Place(row, 0, (0, 0))
-        return self._draws.sample(dataset, place, bucket, seed, crop="center", window="center")
+        return self._draws.sample(dataset, place, bucket, seed, augment=False)

@@ -99,6 +99,23 @@ def test_workers_ranks_and_start_change_nothing(tmp_path: Path) -> None:
     assert content_of(load(plan, 3, start_step=3, num_workers=2)) == content_of(reference[3:])
 
 
+def test_flips_are_off_by_default_and_mirror_half_of_the_clips(tmp_path: Path) -> None:
+    toy_dataset(tmp_path)
+    plain, flipped = (
+        load(Plan.from_config(loader_config(tmp_path, **options), 5), 6)
+        for options in ({}, {"flip": True})
+    )
+    mirrored = 0
+    for one, two in zip(plain, flipped, strict=True):
+        for old, new in zip(one, two, strict=True):
+            for a, b in zip(old.clips, new.clips, strict=True):
+                assert a.video is not None and b.video is not None and not a.sample.flip
+                expected = a.video.flip(-1) if b.sample.flip else a.video
+                assert torch.equal(b.video, expected)
+                mirrored += b.sample.flip
+    assert 12 <= mirrored <= 36  # of 48
+
+
 def test_bad_samples_are_replaced_in_place_and_reported(tmp_path: Path) -> None:
     catalogue = toy_dataset(tmp_path)
     bad = {"clip0002": "payload", "clip0013": "meta"}
