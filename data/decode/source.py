@@ -196,19 +196,22 @@ def read_timeline(
     return Timeline(times, keys, end, float(stream.time_base or 1))
 
 
+def is_worth_a_window(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether the file is a long MP4, whose index finds a window without reading all packets."""
+    return "mov" in container.format.name and stream.frames > _FEW_FRAMES
+
+
 def read_window(
     container: InputContainer, stream: VideoStream, times: Sequence[float]
 ) -> Timeline | None:
     """The part of an MP4's timeline that `times` (seconds) need, by the file's own index: a window
-    of a long clip costs no more than one of a short clip. None where that does not pay or tell.
+    of a long clip costs no more than one of a short clip. None where the packets do not tell.
 
     Damage elsewhere in the file goes unnoticed here.
 
     Raises:
         DecodeError: a damaged packet, or times outside the clip.
     """
-    if "mov" not in container.format.name or stream.frames <= _FEW_FRAMES:
-        return None
     base = float(stream.time_base or 1)
     origin = _first_time(container, stream)
     if origin is None:

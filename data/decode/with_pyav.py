@@ -27,6 +27,7 @@ from longtake.data.decode.source import (
     HeaderLimits,
     Timeline,
     is_image,
+    is_worth_a_window,
     open_video,
     read_timeline,
     read_window,
@@ -70,6 +71,8 @@ def decode_pyav(
         return _clip(data, container, stream, timeline, times, maker)
 
     with open_video(data, limits) as (container, stream):
+        if not is_worth_a_window(container, stream):
+            return clip(container, stream, read_timeline(data, container, stream, limits))
         window = read_window(container, stream, times)
         if window is not None:
             with suppress(_Missing):  # an open group of pictures, say, that needs what lies before
