@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 from torch import Tensor
@@ -13,7 +13,7 @@ from longtake.data.decode import DecodeError, decode_clip
 from longtake.data.decode.guard import DecodeGuard
 from longtake.data.latents import LatentManifest, decode_sample, normalise, read_manifest
 from longtake.data.plan.planned import PlannedSample
-from longtake.data.plan.tables import SampleTable
+from longtake.data.plan.tables import Record, SampleTable
 from longtake.data.samples import LATENT_EXTENSION, SampleError, SampleMeta, combine_meta
 from longtake.data.shards import ShardError, Span
 from longtake.data.shards.storage import Shards
@@ -126,39 +126,54 @@ class _Source:
 
     def members(self, row: int) -> tuple[bytes, SampleMeta]:
         """Payload and captions, as they were when they were indexed."""
-        shard, size = self.table.shard(row)
-        names, spans, digests = self._wanted(row)
+        record = self.table.record(row)
+        shard, size = self.table.info.shards[record.shard]
+        members = self._members(record)
+        spans = [member.span for member in members]
         found = self._shards.read(shard, spans, shard_bytes=size)
-        changed = _changed(names, found, digests)
+        changed = _changed(members, found)
         if changed and self._shards.forget(shard, spans):  # the copy on this node may be at fault
             found = self._shards.read(shard, spans, shard_bytes=size)
-            changed = _changed(names, found, digests)
+            changed = _changed(members, found)
         if changed:
             raise SampleError(f"{changed} changed after indexing (xxh3 differs)")
-        payload, *texts = found
-        return payload, combine_meta(list(zip(names[1:], texts, strict=True)))
+        texts = [(member.name, data) for member, data in zip(members[1:], found[1:], strict=True)]
+        return found[0], combine_meta(texts, is_known=True)
 
     def prefetch(self, rows: Iterable[int]) -> None:
-        self._shards.prefetch([(self.table.shard(row)[0], self._wanted(row)[1]) for row in rows])
-
-    def _wanted(self, row: int) -> tuple[list[str], list[Span], list[bytes]]:
-        """ "payload" and the extensions of the captions; place and xxh3 of each."""
-        record = self.table.record(row)
-        texts = self.table.texts(record)
-        return (
-            ["payload", self.table.info.extensions[record.meta_ext], *(t["ext"] for t in texts)],
-            [
-                Span(record.payload_offset, record.payload_size),
-                Span(record.meta_offset, record.meta_size),
-                *(Span(text["offset"], text["size"]) for text in texts),
-            ],
-            [record.xxh3, record.meta_xxh3, *(bytes.fromhex(text["xxh3"]) for text in texts)],
+        records = (self.table.record(row) for row in rows)
+        shards = self.table.info.shards
+        self._shards.prefetch(
+            [(shards[r.shard][0], [m.span for m in self._members(r)]) for r in records]
         )
 
+    def _members(self, record: Record) -> list["_Member"]:
+        """The payload, then the captions."""
+        found = [
+            _Member("payload", Span(record.payload_offset, record.payload_size), record.xxh3),
+            _Member(
+                self.table.info.extensions[record.meta_ext],
+                Span(record.meta_offset, record.meta_size),
+                record.meta_xxh3,
+            ),
+        ]
+        for text in self.table.texts(record):
+            span = Span(text["offset"], text["size"])
+            found.append(_Member(text["ext"], span, bytes.fromhex(text["xxh3"])))
+        return found
 
-def _changed(names: list[str], found: list[bytes], digests: list[bytes]) -> str:
+
+class _Member(NamedTuple):
+    """What to read of a sample: "payload" or the extension of a caption, its place and xxh3."""
+
+    name: str
+    span: Span
+    digest: bytes
+
+
+def _changed(members: list[_Member], found: list[bytes]) -> str:
     """The first member whose bytes are not those that were indexed, or ""."""
-    for name, data, digest in zip(names, found, digests, strict=True):
-        if xxhash.xxh3_128_digest(data) != digest:
-            return name
+    for member, data in zip(members, found, strict=True):
+        if xxhash.xxh3_128_digest(data) != member.digest:
+            return member.name
     return ""

@@ -144,7 +144,7 @@ def _row(
             )
         data = reader.read(path, place)
         contents.append((meaning, data))
-        texts.append({"ext": meaning, **vars(place), "xxh3": content_hash(data)})
+        texts.append({"ext": meaning, **place._asdict(), "xxh3": content_hash(data)})
     meta, first = combine_meta(contents), texts.pop(0)
     payload = reader.read(path, span)
     if ext == LATENT_EXTENSION:

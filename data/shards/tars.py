@@ -7,10 +7,9 @@ are checked against the file before anything is read for them.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from tarfile import AREGTYPE, DIRTYPE, NUL, REGTYPE, HeaderError, TarInfo
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 _BLOCK = 512
 _GNU_LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
@@ -22,8 +21,7 @@ class ShardError(ValueError):
     """A shard that is damaged, unsafe or not what its catalogue says. The message names it."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where a member's bytes lie in its tar."""
 
     offset: int
