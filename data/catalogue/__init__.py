@@ -190,7 +190,9 @@ def index_shards(
     return open_manifest(root, out)
 
 
-def open_manifest(path: Path | str, catalogue: Path | str | None = None) -> CatalogueManifest:
+def open_manifest(
+    path: Path | str, catalogue: Path | str | None = None, cache: CacheConfig | None = None
+) -> CatalogueManifest:
     """The catalogue of a folder or URL of shards without its rows, checked against the tars there.
 
     The tars of a URL are not looked at one by one: reads find out.
@@ -198,21 +200,23 @@ def open_manifest(path: Path | str, catalogue: Path | str | None = None) -> Cata
     Raises:
         ValueError: no folder, no catalogue, another schema; a shard is missing, new or changed.
     """
-    manifest = read_manifest(path, catalogue)
+    manifest = read_manifest(path, catalogue, cache)
     if isinstance(manifest.root, Path):
         for problem in compare_tars(manifest, manifest.root):
             raise ValueError(problem)
     return manifest
 
 
-def read_manifest(path: Path | str, catalogue: Path | str | None = None) -> CatalogueManifest:
+def read_manifest(
+    path: Path | str, catalogue: Path | str | None = None, cache: CacheConfig | None = None
+) -> CatalogueManifest:
     """As `open_manifest`, without a look at the tars."""
     root = parse_root(path)
     if isinstance(root, Path) and not root.is_dir():
         raise ValueError(f"{root}: no such folder of shards")
     home = parse_root(catalogue) if catalogue else join(root, "catalogue")
     try:
-        folder = fetch_catalogue(home, CacheConfig())
+        folder = fetch_catalogue(home, cache or CacheConfig())
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(

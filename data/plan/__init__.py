@@ -75,7 +75,7 @@ class Plan:
         self._draws = Draws(self.tables, config.train, config)
         self.lanes = [
             Lanes(
-                *(table.bounds, table.counts, table.bucket),
+                *(table.bounds, table.counts, table.bucket_parts),
                 num_lanes=self.num_slots,
                 window=config.shuffle_shards,
                 seed=derive_seed(seed, "plan", table.info.dataset, index),
@@ -167,7 +167,7 @@ class Plan:
                 start, stop = 0, int(lanes.totals[sample.bucket])
             draw = derive_seed(self.seed, "replacement", original, sample.visit, number)
             row = lanes.row_at(sample.bucket, sample.visit, start + draw % (stop - start))
-            sample_id = int(self.tables[sample.dataset].rows["sample_id"][row])
+            sample_id = self.tables[sample.dataset].record(row).sample_id
             if sample_id in excluded or sample_id == original:
                 continue
             place = Place(row, sample.visit, sample.segment)
@@ -227,10 +227,10 @@ class Plan:
     def _train_sample(
         self, dataset: int, place: Place, bucket: int, replaces: int | None = None
     ) -> PlannedSample:
-        sample_id = int(self.tables[dataset].rows["sample_id"][place.row])
-        parts = (self.seed, sample_id, place.visit)
+        record = self.tables[dataset].record(place.row)
+        parts = (self.seed, record.sample_id, place.visit)
         seed = derive_seed(*parts) if replaces is None else derive_seed(*parts, replaces)
-        return self._draws.sample(dataset, place, bucket, seed, augment=True)
+        return self._draws.sample(dataset, place, record, bucket, seed, augment=True)
 
     def _drops(self) -> list[str]:
         return [line for table in self.tables for line in table.drops()]

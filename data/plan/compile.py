@@ -33,7 +33,7 @@ from longtake.data.plan.tables import ROW, SampleTable, TableInfo
 from longtake.data.samples import LATENT_EXTENSION
 from longtake.data.shards.node_cache import cache_folder
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_AT_ONCE = 250_000  # bounds what compiling holds in memory
 _COPIED = (
     *("sample_id", "payload_offset", "payload_size", "meta_offset", "meta_size"),
@@ -56,7 +56,7 @@ def open_tables(
     Raises:
         ValueError: no or another catalogue, an invalid filter, nothing left, an unwritable cache.
     """
-    manifests = [open_manifest(dataset.path, dataset.catalogue) for dataset in datasets]
+    manifests = [open_manifest(d.path, d.catalogue, config.cache) for d in datasets]
     refuse_equal_names(manifests)
     folder = (
         cache_folder(config.cache) / "plans" / _plan_key(manifests, datasets, config, must_fill)
@@ -147,6 +147,7 @@ def _compile(
         rows = np.zeros(0, ROW) if empty else np.memmap(rows_file, ROW, "r").view(np.ndarray)
         collected.append((info, rows))
     for index, dealt in enumerate(_deal(collected, config, must_fill)):
+        dealt.arrays.pop("bucket").tofile(temporary / str(index) / "bucket.bin")
         for name, array in dealt.arrays.items():
             np.save(temporary / str(index) / f"{name}.npy", array)
         text = json.dumps(asdict(dealt.info))

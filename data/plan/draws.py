@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from longtake.data.config import DataConfig, DatasetConfig
 from longtake.data.plan.lanes import Place
 from longtake.data.plan.planned import PlannedSample
-from longtake.data.plan.tables import SampleTable
+from longtake.data.plan.tables import Record, SampleTable
 from longtake.data.randomness import uniform
 
 
@@ -18,15 +18,20 @@ class Draws:
         self.tables, self._datasets, self._config = tables, datasets, config
 
     def sample(
-        self, dataset: int, place: Place, bucket: int, seed: int, *, augment: bool
+        self,
+        dataset: int,
+        place: Place,
+        record: Record,
+        bucket: int,
+        seed: int,
+        *,
+        augment: bool,
     ) -> PlannedSample:
-        """Fill in everything about a sample that is drawn from its seed: window, crop and flip as
-        the config says, or with `augment` False the centre."""
+        """Fill in everything about the sample of `record` that is drawn from its seed: window, crop
+        and flip as the config says, or with `augment` False the centre."""
         shape = self._config.buckets[bucket]
         window = self._config.window if augment else "center"
         random_crop = augment and self._config.crop == "random"
-        table = self.tables[dataset]
-        record = table.record(place.row)
         rate, times = clip_times(
             frames=record.frames,
             fps=record.fps,
@@ -40,7 +45,7 @@ class Draws:
             dataset=dataset,
             row=place.row,
             sample_id=record.sample_id,
-            key=table.key(record),
+            key=self.tables[dataset].key(record),
             visit=place.visit,
             shape=(shape.frames, shape.height, shape.width),
             times=times,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from longtake.data.plan.tables import FileArray
 from longtake.data.randomness import derive_seed, hash_order
 
 _WINDOWS_KEPT = 256  # 16 shards of 500 samples make 64 kB
@@ -55,7 +56,7 @@ class Lanes:
         self,
         bounds: np.ndarray,
         counts: np.ndarray,
-        bucket: np.ndarray,
+        bucket: np.ndarray | FileArray,
         *,
         num_lanes: int,
         window: int,
@@ -119,9 +120,9 @@ class Lanes:
         def build() -> tuple[np.ndarray, np.ndarray]:
             order = hash_order(len(self.counts), derive_seed(self.seed, "shards", visit))
             counts = self.counts[order, bucket]
-            return order[counts > 0], np.cumsum(counts[counts > 0])
+            return order[counts > 0].astype(np.int32), np.cumsum(counts[counts > 0])
 
-        return _remember(self._orders, (bucket, visit), build, 4 * self.counts.shape[1])
+        return _remember(self._orders, (bucket, visit), build, 2 * self.counts.shape[1] + 2)
 
     def _rows(self, bucket: int, visit: int, start: int, stop: int) -> np.ndarray:
         """Rows at the unshuffled positions start..stop of a visit's order of a bucket."""

@@ -5,6 +5,8 @@ catalogue again: ten million samples open in a moment and cost memory only where
 """
 
 import json
+import os
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +41,9 @@ ROW = np.dtype(
         ("latent", "?"),
     ]
 )
+
+
+FILES = {"rows": ROW, "keys": np.dtype(np.uint8), "bucket": np.dtype("<i2")}
 
 
 class Record(NamedTuple):
@@ -87,6 +92,22 @@ class TableInfo:
         return LATENT_EXTENSION in self.extensions
 
 
+class FileArray:
+    """Slices of an array in a file. A memory map would keep every page it ever touched resident,
+    and those around them."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._dtype = dtype
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        size = self._dtype.itemsize
+        return np.frombuffer(
+            os.pread(self._fd, (part.stop - part.start) * size, part.start * size), self._dtype
+        )
+
+
 class SampleTable:
     """Samples of one filtered dataset: `rows` (N,) of ROW, `bucket` (N,) int16 (-1: fits none), and
     the pieces that lanes are dealt: `bounds` (P + 1,), `counts` (P, buckets)."""
@@ -98,8 +119,14 @@ class SampleTable:
         folder: Path | None = None,
     ) -> None:
         self.info, self._folder = info, folder
-        self.rows, self._keys = arrays["rows"], arrays["keys"]
-        self.bucket, self.bounds, self.counts = (arrays[n] for n in ("bucket", "bounds", "counts"))
+        self.rows, self.bucket = arrays["rows"], arrays["bucket"]
+        self.bounds, self.counts = arrays["bounds"], arrays["counts"]
+        # Single records and windows of buckets, a few at a time.
+        self._records, self._keys, self.bucket_parts = self.rows, arrays["keys"], self.bucket
+        if folder is not None:
+            self._records, self._keys, self.bucket_parts = (
+                FileArray(folder / f"{name}.bin", dtype) for name, dtype in FILES.items()
+            )
 
     @cached_property
     def num_samples(self) -> int:
@@ -108,7 +135,7 @@ class SampleTable:
 
     def record(self, row: int) -> Record:
         """All that is known of a sample, as Python values."""
-        return Record._make(self.rows[row].item())
+        return Record._make(self._records[row : row + 1][0].item())
 
     def key(self, record: Record) -> str:
         """The sample's key."""
@@ -145,10 +172,10 @@ class SampleTable:
         fields = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         fields["shards"] = [(name, size) for name, size in fields["shards"]]
         arrays = {
-            "rows": np.memmap(folder / "rows.bin", dtype=ROW, mode="r").view(np.ndarray),
-            "keys": np.memmap(folder / "keys.bin", dtype=np.uint8, mode="r").view(np.ndarray),
+            name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r").view(np.ndarray)
+            for name, dtype in FILES.items()
         }
-        for name in ("bucket", "bounds", "counts"):
+        for name in ("bounds", "counts"):
             arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
         return cls(TableInfo(**fields), arrays, folder)
 

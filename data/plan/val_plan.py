@@ -81,7 +81,7 @@ class ValPlan:
         return sorted((dataset, row) for _, dataset, _, row in taken)
 
     def _val_sample(self, dataset: int, row: int, bucket: int) -> PlannedSample:
-        sample_id = int(self.tables[dataset].rows["sample_id"][row])
-        seed = derive_seed(self.seed, "val", sample_id)
+        record = self.tables[dataset].record(row)
+        seed = derive_seed(self.seed, "val", record.sample_id)
         place = Place(row, 0, (0, 0))
-        return self._draws.sample(dataset, place, bucket, seed, augment=False)
+        return self._draws.sample(dataset, place, record, bucket, seed, augment=False)
