@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from longtake.data.decode import DECODERS, RESIZES
 
 MAX_CAPTION_KINDS = 16
+_LEAST_WEIGHT = 1e-6
 
 
 @dataclass
@@ -226,9 +227,10 @@ def _check_buckets(config: DataConfig) -> None:
 
 
 def _check_dataset(dataset: DatasetConfig, key: str) -> None:
-    if not (math.isfinite(dataset.weight) and dataset.weight > 0):
+    if not (math.isfinite(dataset.weight) and dataset.weight >= _LEAST_WEIGHT):
         raise ValueError(
-            f"{key}.weight={dataset.weight} must be positive; remove it to leave it out"
+            f"{key}.weight={dataset.weight} must be at least {_LEAST_WEIGHT}; remove the dataset "
+            "to leave it out"
         )
     shares = dataset.captions
     if not shares or len(shares) > MAX_CAPTION_KINDS:

@@ -51,6 +51,12 @@ class LatentManifest:
     num_samples: int
     versions: dict[str, str] = field(default_factory=dict)
 
+    def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a clip (T, H, W) in pixels."""
+        frames, height, width = shape
+        times, rows, columns = self.strides
+        return self.z_dim, 1 + (frames - 1) // times, height // rows, width // columns
+
 
 @dataclass(frozen=True)
 class LatentSample:
@@ -245,7 +251,7 @@ def decode_sample(data: bytes) -> LatentSample:
     """
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise SampleError(f"the safetensors file is damaged: {error}") from None
     latents = tensors.pop("latents", None)
     if latents is None or latents.ndim != 4:

@@ -143,7 +143,11 @@ class _MicroBatches:
                 reason = f"{sample.key}: {error}"
             batch.excluded.append(Exclusion(sample.sample_id, batch.step, reason))
             excluded |= {sample.sample_id}
-            sample = self._plan.replacement(sample, excluded)
+            try:
+                sample = self._plan.replacement(sample, excluded)
+            except ValueError as error:
+                reasons = "".join(f"\n  {e.reason}" for e in batch.excluded[-10:])
+                raise ValueError(f"{error}; repair or filter its samples:{reasons}") from None
 
 
 def next_position(position: Position, slots: range, turns: int) -> Position:

@@ -99,6 +99,12 @@ class SampleReader:
 
     def _fill_latents(self, clip: Clip, source: "_Source", payload: bytes) -> None:
         stored = decode_sample(payload)
+        expected = source.manifest.latent_shape(clip.sample.shape)
+        if tuple(stored.latents.shape) != expected:
+            raise SampleError(
+                f"latents of shape {tuple(stored.latents.shape)}, a clip of {clip.sample.shape} "
+                f"has {expected}: run `longtake encode` again"
+            )
         clip.latents = normalise(stored.latents, source.manifest)
         clip.text = stored.text.get(clip.sample.caption_kind)
         if clip.text is None:

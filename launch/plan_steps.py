@@ -24,8 +24,9 @@ from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.planned import Exclusion, MicroBatch
 from longtake.launch.command import UserError
 from longtake.launch.compose import compose
+from longtake.train.checkpoint import TRAIN_STATE, list_steps
 from longtake.train.config import load_config, parse_data_config
-from longtake.train.run_folder import CONFIG, QUARANTINE
+from longtake.train.run_folder import CHECKPOINTS, CONFIG, QUARANTINE
 
 _BATCH_SIZE = 2
 _MAX_FRAMES = 81  # of a default bucket: 5 seconds at 16 fps
@@ -80,7 +81,9 @@ def _open_plan(words: Sequence[str], catalogue: str | None) -> tuple[Plan, list[
             raise UserError(f"{places[0]} is a run: its config is taken as it is")
         config = load_config(Path(places[0]) / CONFIG)
         exclusions = list(_read_exclusions(Path(places[0]) / QUARANTINE))
-        return Plan.from_config(config.data, config.seed), exclusions
+        plan = Plan.from_config(config.data, config.seed)
+        _refuse_other_data(Path(places[0]), plan)
+        return plan, exclusions
     seeds = [word for word in overrides if word.startswith("seed=")]
     changes = [word for word in overrides if word not in seeds]
     manifest = open_manifest(places[0], catalogue)
@@ -88,7 +91,10 @@ def _open_plan(words: Sequence[str], catalogue: str | None) -> tuple[Plan, list[
     if any(word.startswith("data.buckets=") for word in changes):
         data.grid = None
     data = parse_data_config(data, changes)
-    return Plan.from_config(data, int(seeds[-1].removeprefix("seed=")) if seeds else 0), []
+    seed = seeds[-1].removeprefix("seed=") if seeds else "0"
+    if not seed.isdecimal():
+        raise UserError(f"seed={seed} must be a whole number")
+    return Plan.from_config(data, int(seed)), []
 
 
 def default_config(manifest: CatalogueManifest, path: str, catalogue: str | None) -> DataConfig:
@@ -117,6 +123,20 @@ def default_config(manifest: CatalogueManifest, path: str, catalogue: str | None
         sorted(set(lengths)), [area], multiple, min(4.0, float(aspects.max())), _BATCH_SIZE
     )
     return DataConfig(train=train, grid=grid)
+
+
+def _refuse_other_data(run: Path, plan: Plan) -> None:
+    """The data may have changed since, and another plan would show what the run never saw."""
+    steps = list_steps(run / CHECKPOINTS)
+    if not steps:
+        return
+    step, checkpoint = steps[0]
+    saw = json.loads((checkpoint / TRAIN_STATE).read_text(encoding="utf-8"))["plan"]
+    if saw != plan.fingerprint:
+        raise UserError(
+            f"{run}: its data or its config is not what it was trained on up to step {step} "
+            f"(plan {saw}, now {plan.fingerprint}): put the shards and catalogue of that time back"
+        )
 
 
 def _read_exclusions(path: Path) -> Iterator[Exclusion]:

@@ -61,7 +61,7 @@ def parse_data_config(base: DataConfig, overrides: Sequence[str]) -> DataConfig:
     try:
         changed = OmegaConf.merge({"data": _plain(base)}, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(f"{' '.join(overrides)}: {_first_line(error)}") from error
     tree = OmegaConf.to_container(changed, resolve=True)
     assert isinstance(tree, dict)
     for key in tree:

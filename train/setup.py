@@ -75,7 +75,10 @@ def check(config: VAERun | DiTRun) -> Prepared:
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_folder(config, folder)
     _check_latents(config)
-    return Prepared(config, folder, Plan.from_config(config.data, config.seed), _validation(config))
+    plan = Plan.from_config(config.data, config.seed)
+    validation = _validation(config, plan)
+    _check_kinds(config, plan, validation)
+    return Prepared(config, folder, plan, validation)
 
 
 def _check_folder(config: VAERun | DiTRun, folder: Path) -> None:
@@ -122,10 +125,25 @@ def _check_latents(config: VAERun | DiTRun) -> None:
         )
 
 
-def _validation(config: VAERun | DiTRun) -> ValPlan | None:
+def _validation(config: VAERun | DiTRun, plan: Plan) -> ValPlan | None:
     if not config.data.val:
         return None
-    return ValPlan.from_config(config.data, config.seed, config.validation.num_samples)
+    num_samples = config.validation.num_samples
+    return ValPlan.from_config(config.data, config.seed, num_samples, plan.closed)
+
+
+def _check_kinds(config: VAERun | DiTRun, plan: Plan, validation: ValPlan | None) -> None:
+    """A DiT on a VAE's latents takes shards of latents, everything else shards of clips."""
+    wants_latents = isinstance(config, DiTRun) and config.codec != "identity"
+    tables = {"train": plan.tables, "val": validation.tables if validation else []}
+    for name, listed in tables.items():
+        for index, table in enumerate(listed):
+            require(
+                table.info.holds_latents == wants_latents,
+                f"data.{name}.{index}.path={table.root} holds "
+                f"{'latents' if table.info.holds_latents else 'clips'}, this stage takes "
+                f"{'latents of longtake encode' if wants_latents else 'clips'}",
+            )
 
 
 def join(prepared: Prepared) -> tuple[Ranks, FolderLock | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from longtake.data.loader import Batch, Loader, chain_digests, read_batches
@@ -32,6 +32,7 @@ class Validation:
     plan: ValPlan | None
     config: VAERun | DiTRun
     ranks: Ranks
+    left_out: dict[int, str] = field(default_factory=dict)  # samples that could not be read: why
 
     def batches(self) -> Iterator[Batch]:
         """This rank's share; as many batches of the same shapes on every rank."""
@@ -52,9 +53,11 @@ class Validation:
 
     def _read(self, rank: int, world_size: int) -> Iterator[Batch]:
         if self.plan is None:
-            return iter(())
+            return
         micro_batches = self.plan.micro_batches(rank, world_size)
-        return read_batches(self.plan.tables, self.plan.config, micro_batches)
+        for batch in read_batches(self.plan.tables, self.plan.config, micro_batches):
+            self.left_out.update({bad.sample_id: bad.reason for bad in batch.excluded})
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self._loader = self._load_from(self.step)
+        self._told: set[int] = set()  # validation samples that are known to be left out
 
     def _load_from(self, step: int) -> Iterator[list[Batch]]:
         bad = self.quarantine.exclusions
@@ -139,7 +143,19 @@ class Training:
         with self.ema.swapped(self.engine):
             mean = self._means(self.task.validate(self.engine, self.validation.batches()))
         row = {f"val/{name}": value for name, value in raw.items()}
+        left_out = self._left_out()
+        if left_out:
+            row["val/left_out"] = float(left_out)
         self.log(row | {f"val/{name}_ema": value for name, value in mean.items()})
+
+    def _left_out(self) -> int:
+        """How many samples of the pass no rank could read; each is named once."""
+        reports = self.ranks.gather([[i, why] for i, why in self.validation.left_out.items()])
+        found = {number: why for report in reports for number, why in report}
+        for number in found.keys() - self._told:
+            self.console.say(f"validation goes without: {found[number]}")
+        self._told |= found.keys()
+        return len(found)
 
     def _means(self, means: Means) -> dict[str, float]:
         return means.merged(self.ranks.gather(dict(means.sums)))

@@ -7,10 +7,11 @@ exact at any number of ranks. Slot j of a step draws from lane j; a rank takes n
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 
+import numpy as np
 import xxhash
 
 from longtake.data.catalogue import Catalogue
@@ -21,7 +22,13 @@ from longtake.data.config import (
     check_data_config,
 )
 from longtake.data.plan.compile import build_tables, open_tables
-from longtake.data.plan.costs import num_tokens, pack_size, resolve_buckets, sample_cost
+from longtake.data.plan.costs import (
+    num_tokens,
+    pack_size,
+    resolve_buckets,
+    sample_cost,
+    samples_a_step,
+)
 from longtake.data.plan.draws import Draws
 from longtake.data.plan.lanes import Lanes, Place, interleave
 from longtake.data.plan.planned import Exclusion, MicroBatch, PlannedSample, excluded_at
@@ -161,12 +168,8 @@ class Plan:
         """
         original = sample.sample_id if sample.replaces is None else sample.replaces
         lanes = self.lanes[sample.dataset]
-        for number in range(_CANDIDATES):
-            start, stop = sample.segment
-            if number >= _CANDIDATES_IN_LANE:
-                start, stop = 0, int(lanes.totals[sample.bucket])
-            draw = derive_seed(self.seed, "replacement", original, sample.visit, number)
-            row = lanes.row_at(sample.bucket, sample.visit, start + draw % (stop - start))
+        for position in self._candidates(sample, original):
+            row = lanes.row_at(sample.bucket, sample.visit, position)
             sample_id = self.tables[sample.dataset].record(row).sample_id
             if sample_id in excluded or sample_id == original:
                 continue
@@ -178,9 +181,20 @@ class Plan:
             f"{self.config.buckets[sample.bucket].name}: {len(excluded)} samples are excluded"
         )
 
-    def bad_fraction(self, exclusions: Iterable[Exclusion]) -> float:
-        """Share of the eligible samples that exclusions name; compare with max_bad_fraction."""
-        return len({e.sample_id for e in exclusions}) / self.num_samples
+    def _candidates(self, sample: PlannedSample, original: int) -> Iterator[int]:
+        """Positions in a visit's order of a bucket: drawn in the lane, then anywhere, then all."""
+        total = int(self.lanes[sample.dataset].totals[sample.bucket])
+        for number in range(_CANDIDATES):
+            start, stop = sample.segment if number < _CANDIDATES_IN_LANE else (0, total)
+            draw = derive_seed(self.seed, "replacement", original, sample.visit, number)
+            yield start + draw % (stop - start)
+        yield from range(total)
+
+    @property
+    def closed(self) -> list[int]:
+        """Optional buckets that cannot fill a step and take nothing."""
+        totals = np.sum([lanes.totals for lanes in self.lanes], axis=0)
+        return np.flatnonzero(totals == 0).tolist()
 
     def summary(self) -> str:
         """Samples, drops and buckets, for the start of a run."""
@@ -238,7 +252,7 @@ class Plan:
     def _check_buckets_fill(self) -> None:
         for index, bucket in enumerate(self.config.buckets):
             found = sum(int(lanes.totals[index]) for lanes in self.lanes)
-            needed = self.num_slots * (1 if self.config.pack else bucket.batch_size)
+            needed = samples_a_step(bucket, self.config)
             if found < needed and not (bucket.optional and not found):
                 latents = any(table.info.holds_latents for table in self.tables)
                 remedy = "encode it with `longtake encode`, " if latents else ""

@@ -28,10 +28,11 @@ def assign_buckets(
     if len(pixels):
         bucket[pixels], reasons[pixels] = _fit_pixels(rows[pixels], config, closed)
     if len(latents):
-        bucket[latents], reasons[latents] = _fit_latents(rows[latents], config), 3
+        bucket[latents], reasons[latents] = _fit_latents(rows[latents], config, closed)
     texts = (
         *("frame smaller than every bucket of its length", "clip shorter than every bucket"),
         f"frame rate below data.fps={config.fps}",
+        "fits only buckets that cannot fill a step",
         "encoded at a shape that no bucket has (run `longtake encode` again)",
     )
     numbers = np.bincount(reasons[bucket == _DROPPED], minlength=len(texts))
@@ -41,7 +42,8 @@ def assign_buckets(
 def _fit_pixels(
     rows: np.ndarray, config: DataConfig, closed: Collection[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket of each video or image, and why none fits: 0 too small, 1 too short, 2 too slow."""
+    """Bucket of each video or image, and why none fits: 0 too small, 1 too short, 2 too slow, 3
+    closed."""
     frames, width, height = rows["frames"], rows["width"], rows["height"]
     fps = rows["fps"].astype(np.float64)
     last_time = rows["duration"] - 1 / np.where(fps > 0, fps, np.inf)
@@ -50,9 +52,8 @@ def _fit_pixels(
     best = np.full((3, len(rows)), np.inf)  # aspect distance, -frames, -area: less is better
     long_enough = np.zeros(len(rows), dtype=bool)
     fast_enough = np.zeros(len(rows), dtype=bool)
+    fits_closed = np.zeros(len(rows), dtype=bool)
     for index, shape in enumerate(config.buckets):
-        if index in closed:
-            continue
         if shape.frames == 1:
             is_fast = is_long = np.ones(len(rows), dtype=bool)
         elif config.fps is None:
@@ -64,12 +65,16 @@ def _fit_pixels(
         distance = np.round(np.abs(aspect - np.log(shape.width / shape.height)), 6)
         area = shape.height * shape.width
         score = np.stack([distance, *np.broadcast_arrays(-shape.frames, -area, distance)[:2]])
+        fast_enough |= is_fast
+        long_enough |= is_fast & is_long
+        if index in closed:
+            fits_closed |= is_fast & is_long & is_large
+            continue
         better = is_fast & is_long & is_large & _precedes(score, best)
         best[:, better] = score[:, better]
         bucket[better] = index
-        fast_enough |= is_fast
-        long_enough |= is_fast & is_long
-    return bucket, np.where(~fast_enough, 2, np.where(~long_enough, 1, 0))
+    why = np.select([fits_closed, ~fast_enough, ~long_enough], [3, 2, 1], 0)
+    return bucket, why
 
 
 def _precedes(score: np.ndarray, best: np.ndarray) -> np.ndarray:
@@ -78,12 +83,20 @@ def _precedes(score: np.ndarray, best: np.ndarray) -> np.ndarray:
     return less[0] | (equal[0] & (less[1] | (equal[1] & less[2])))
 
 
-def _fit_latents(rows: np.ndarray, config: DataConfig) -> np.ndarray:
+def _fit_latents(
+    rows: np.ndarray, config: DataConfig, closed: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bucket of each sample of latents, and why none fits: 3 closed, 4 there is none."""
     found = np.full(len(rows), _DROPPED, dtype=np.int16)
+    why = np.full(len(rows), 4, dtype=np.int8)
     for index, shape in enumerate(config.buckets):
         same = (rows["height"] == shape.height) & (rows["width"] == shape.width)
-        found[same & (rows["frames"] == shape.frames)] = index
-    return found
+        same &= rows["frames"] == shape.frames
+        if index in closed:
+            why[same] = 3
+        else:
+            found[same] = index
+    return found, why
 
 
 def caption_kinds(table: pa.Table, kinds: list[str]) -> np.ndarray:

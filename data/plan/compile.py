@@ -28,12 +28,13 @@ from longtake.data.catalogue import (
 from longtake.data.catalogue.filters import apply_filter
 from longtake.data.config import DataConfig, DatasetConfig
 from longtake.data.plan.buckets import assign_buckets, caption_kinds
+from longtake.data.plan.costs import samples_a_step
 from longtake.data.plan.lanes import count_pieces, cut_pieces
 from longtake.data.plan.tables import ROW, SampleTable, TableInfo
 from longtake.data.samples import LATENT_EXTENSION
 from longtake.data.shards.node_cache import cache_folder
 
-_FORMAT = 2
+_FORMAT = 3
 _ROWS_AT_ONCE = 250_000  # bounds what compiling holds in memory
 _COPIED = (
     *("sample_id", "payload_offset", "payload_size", "meta_offset", "meta_size"),
@@ -46,32 +47,38 @@ _COLUMNS = (
 
 
 def open_tables(
-    datasets: Sequence[DatasetConfig], config: DataConfig, *, must_fill: bool
+    datasets: Sequence[DatasetConfig],
+    config: DataConfig,
+    *,
+    must_fill: bool,
+    closed: Collection[int] = (),
 ) -> list[SampleTable]:
     """The tables of a mixture, compiled on first use and then mapped; `config` is resolved.
 
-    With `must_fill`, optional buckets that cannot fill one step are closed and their samples go to
-    the next best ones. Processes of one node compile once: the others wait.
+    With `must_fill`, optional buckets that cannot fill one step join the `closed` ones, and their
+    samples go to the next best. Processes of one node compile once: the others wait.
 
     Raises:
         ValueError: no or another catalogue, an invalid filter, nothing left, an unwritable cache.
     """
     manifests = [open_manifest(d.path, d.catalogue, config.cache) for d in datasets]
     refuse_equal_names(manifests)
-    folder = (
-        cache_folder(config.cache) / "plans" / _plan_key(manifests, datasets, config, must_fill)
-    )
+    key = _plan_key(manifests, datasets, config, must_fill, closed)
+    folder = cache_folder(config.cache) / "plans" / key
+    places = [folder / str(index) for index in range(len(datasets))]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _compile(manifests, datasets, config, must_fill, folder)
+        if not all(map(SampleTable.is_whole, places)):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not all(map(SampleTable.is_whole, places)):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    _compile(manifests, datasets, config, must_fill, closed, folder)
     except OSError as error:
         raise ValueError(
             f"{folder}: the compiled plan cannot be written: {error.strerror or error}; "
             "give another data.cache.folder"
         ) from error
-    return [SampleTable.open(folder / str(index)) for index in range(len(datasets))]
+    return [SampleTable.open(place) for place in places]
 
 
 def _plan_key(
@@ -79,14 +86,16 @@ def _plan_key(
     datasets: Sequence[DatasetConfig],
     config: DataConfig,
     must_fill: bool,
+    closed: Collection[int],
 ) -> str:
     """Hash of all that compiled tables depend on."""
     state = [
         _FORMAT,
         [(str(m.root), m.dataset, m.fingerprint) for m in manifests],
+        [(n, e.samples, e.bytes, e.rejected) for m in manifests for n, e in m.shards.items()],
         [(dataset.where, dataset.captions) for dataset in datasets],
         [asdict(bucket) for bucket in config.buckets],
-        [config.fps, config.micro_batches_per_step, config.pack, must_fill],
+        [config.fps, config.micro_batches_per_step, config.pack, must_fill, sorted(closed)],
     ]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
 
@@ -101,6 +110,7 @@ def build_tables(
     config: DataConfig,
     *,
     must_fill: bool,
+    closed: Collection[int] = (),
 ) -> list[SampleTable]:
     """As `open_tables`, over catalogues in memory and without a cache."""
     refuse_equal_names(catalogues)
@@ -122,7 +132,7 @@ def build_tables(
             rejected=len(catalogue.rejected),
         )
         collected.append((info, rows, keys))
-    dealt = _deal([(info, rows) for info, rows, _ in collected], config, must_fill)
+    dealt = _deal([(info, rows) for info, rows, _ in collected], config, must_fill, closed)
     return [
         SampleTable(pieces.info, {"rows": rows, "keys": keys, **pieces.arrays})
         for (_, rows, keys), pieces in zip(collected, dealt, strict=True)
@@ -134,25 +144,46 @@ def _compile(
     datasets: Sequence[DatasetConfig],
     config: DataConfig,
     must_fill: bool,
+    closed: Collection[int],
     folder: Path,
 ) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write_tables(manifests, datasets, config, must_fill, closed, temporary)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_tables(
+    manifests: Sequence[CatalogueManifest],
+    datasets: Sequence[DatasetConfig],
+    config: DataConfig,
+    must_fill: bool,
+    closed: Collection[int],
+    folder: Path,
+) -> None:
     collected = []
     for index, (manifest, dataset) in enumerate(zip(manifests, datasets, strict=True)):
-        place = temporary / str(index)
+        place = folder / str(index)
         info = _collect(manifest, dataset, place)
         rows_file = place / "rows.bin"
         empty = not rows_file.stat().st_size
         rows = np.zeros(0, ROW) if empty else np.memmap(rows_file, ROW, "r").view(np.ndarray)
         collected.append((info, rows))
-    for index, dealt in enumerate(_deal(collected, config, must_fill)):
-        dealt.arrays.pop("bucket").tofile(temporary / str(index) / "bucket.bin")
+    for index, dealt in enumerate(_deal(collected, config, must_fill, closed)):
+        place = folder / str(index)
+        dealt.arrays.pop("bucket").tofile(place / "bucket.bin")
         for name, array in dealt.arrays.items():
-            np.save(temporary / str(index) / f"{name}.npy", array)
-        text = json.dumps(asdict(dealt.info))
-        (temporary / str(index) / "info.json").write_text(text, encoding="utf-8")
-    os.replace(temporary, folder)
+            np.save(place / f"{name}.npy", array)
+        sizes = {}
+        for path in place.iterdir():
+            with open(path, "rb") as file:  # a power cut would leave files without content
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        text = json.dumps(asdict(dealt.info) | {"sizes": sizes})
+        (place / "info.json").write_text(text, encoding="utf-8")
 
 
 def _collect(manifest: CatalogueManifest, dataset: DatasetConfig, folder: Path) -> TableInfo:
@@ -182,10 +213,13 @@ class _Dealt:
 
 
 def _deal(
-    collected: Sequence[tuple[TableInfo, np.ndarray]], config: DataConfig, must_fill: bool
+    collected: Sequence[tuple[TableInfo, np.ndarray]],
+    config: DataConfig,
+    must_fill: bool,
+    closed: Collection[int],
 ) -> list[_Dealt]:
     """Buckets and pieces of each dataset; ValueError when one has nothing that fits."""
-    closed: set[int] = set()
+    closed = set(closed)
     while True:
         dealt = [_deal_one(info, rows, config, closed) for info, rows in collected]
         counts = sum(piece.arrays["counts"].sum(0) for piece in dealt)
@@ -194,7 +228,7 @@ def _deal(
             for index, bucket in enumerate(config.buckets)
             if bucket.optional
             and index not in closed
-            and counts[index] < config.micro_batches_per_step * (bucket.batch_size or 1)
+            and counts[index] < samples_a_step(bucket, config)
         ]
         if not (empty and must_fill):
             break
@@ -205,9 +239,10 @@ def _deal(
         if not piece.arrays["counts"].any():
             seen = len(rows) + sum(info.dropped.values())
             shapes = ", ".join(bucket.name for bucket in config.buckets)
+            reasons = {reason: count for reason, count in piece.info.dropped.items() if count}
             raise ValueError(
                 f"dataset {info.dataset!r} ({info.root}): no sample of {seen} fits "
-                f"data.buckets={shapes}: {piece.info.dropped}"
+                f"data.buckets={shapes}: {reasons}"
             )
     return dealt
 
@@ -269,11 +304,14 @@ class _Writer:
             table, dropped = apply_filter(table, where, name, allow_empty=True)
             for clause, count in dropped.items():
                 self._drop(f"where {clause}", count)
-        shares = self._dataset.captions
+        if not len(table):
+            return
+        shares = dict(sorted(self._dataset.captions.items()))
         wanted = sum((share > 0) << bit for bit, share in enumerate(shares.values()))
         kinds = caption_kinds(table, list(shares)) & np.uint16(wanted)
         kept = np.flatnonzero(kinds)
-        self._drop(f"no caption of kind {', '.join(shares)}", len(table) - len(kept))
+        asked = ", ".join(kind for kind, share in shares.items() if share > 0)
+        self._drop(f"no caption of kind {asked}", len(table) - len(kept))
         if len(kept):
             rows = self._records(table.take(pa.array(kept)).combine_chunks())
             rows["kinds"] = kinds[kept]

@@ -50,6 +50,11 @@ def num_tokens(bucket: BucketConfig, cost: CostConfig) -> int:
     return times * -(-bucket.height // height) * -(-bucket.width // width)
 
 
+def samples_a_step(bucket: BucketConfig, config: DataConfig) -> int:
+    """What a bucket needs to fill a step of its own; one for each lane where buckets are packed."""
+    return config.micro_batches_per_step * (1 if config.pack else bucket.batch_size or 1)
+
+
 def sample_cost(bucket: BucketConfig, cost: CostConfig) -> float:
     """Measured seconds of one sample, or the formula 84 d² + 12 N d per token and layer."""
     if cost.seconds:
@@ -87,7 +92,8 @@ def _grid(grid: GridConfig) -> list[BucketConfig]:
                 height = _round_down(math.sqrt(area / aspect), grid.multiple)
                 nearest = max(1, round(height * aspect / grid.multiple)) * grid.multiple
                 width = min(nearest, _round_down(area / height, grid.multiple))
-                shapes[frames, height, width] = None
+                if height * width <= area:
+                    shapes[frames, height, width] = None
     return [BucketConfig(*shape, grid.batch_size, optional=True) for shape in shapes]
 
 

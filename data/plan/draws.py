@@ -61,7 +61,7 @@ class Draws:
     def _caption_kind(self, dataset: int, kinds: int, seed: int) -> str:
         shares = [
             (kind, share)
-            for bit, (kind, share) in enumerate(self._datasets[dataset].captions.items())
+            for bit, (kind, share) in enumerate(sorted(self._datasets[dataset].captions.items()))
             if share > 0 and kinds >> bit & 1
         ]
         if len(shares) == 1:

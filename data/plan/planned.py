@@ -33,7 +33,7 @@ class PlannedSample:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that go through the model together. `cost` counts pixels times frames.
+    """Samples that go through the model together. `cost` as of `costs.sample_cost`, summed.
 
     `counted` is False for filling that keeps ranks in step in validation and must not be scored.
     """

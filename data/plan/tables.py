@@ -36,8 +36,8 @@ ROW = np.dtype(
         ("key_size", "<i4"),
         ("texts_size", "<i4"),
         ("kinds", "<u2"),
-        ("ext", "u1"),
-        ("meta_ext", "u1"),
+        ("ext", "<u2"),
+        ("meta_ext", "<u2"),
         ("latent", "?"),
     ]
 )
@@ -166,10 +166,20 @@ class SampleTable:
             lines.append(f"  rejected when indexing: {info.rejected}")
         return lines + [f"  dropped, {why}: {n}" for why, n in info.dropped.items() if n]
 
+    @staticmethod
+    def is_whole(folder: Path) -> bool:
+        """Whether a compiled table is there with all of its bytes."""
+        try:
+            sizes = json.loads((folder / "info.json").read_text(encoding="utf-8"))["sizes"]
+            return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
     @classmethod
     def open(cls, folder: Path) -> "SampleTable":
-        """Map a compiled table."""
+        """Map a compiled table that is whole."""
         fields = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        del fields["sizes"]
         fields["shards"] = [(name, size) for name, size in fields["shards"]]
         arrays = {
             name: np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r").view(np.ndarray)

@@ -1,6 +1,6 @@
 """The validation plan: one fixed pass, the same at any number of ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -31,11 +31,15 @@ class ValPlan:
         self._draws = Draws(self.tables, config.val, config)
 
     @classmethod
-    def from_config(cls, config: DataConfig, seed: int, num_samples: int) -> "ValPlan":
-        """The validation plan of a config, its tables compiled or taken from the cache."""
+    def from_config(
+        cls, config: DataConfig, seed: int, num_samples: int, closed: Collection[int] = ()
+    ) -> "ValPlan":
+        """The validation plan of a config, its tables compiled or taken from the cache; buckets
+        that are `closed` in training take nothing here either."""
         check_data_config(config, "val")
         config = resolve_buckets(config)
-        return cls(open_tables(config.val, config, must_fill=False), config, seed, num_samples)
+        tables = open_tables(config.val, config, must_fill=False, closed=closed)
+        return cls(tables, config, seed, num_samples)
 
     @classmethod
     def from_catalogues(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtake.data.catalogue import load_catalogue
+from longtake.data.catalogue import build_catalogue, load_catalogue
 from longtake.data.config import CacheConfig
 from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, Plan
 from longtake.data.plan import compile as compiling
@@ -97,6 +97,43 @@ def test_another_filter_or_catalogue_is_another_compilation(config: DataConfig) 
     shutil.rmtree(config.train[0].path)
     toy_dataset(Path(config.train[0].path), num_clips=30)
     assert Plan.from_config(config, 5).num_samples == 30 and len(_compiled(config)) == 3
+
+
+def test_a_filter_may_empty_a_part_but_not_a_dataset(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_ROWS_AT_ONCE", 8)  # a shard
+    kept = replace(config.train[0], where="key >= 'clip0008'")
+    plan = Plan.from_config(replace(config, train=[kept]), 5)
+    assert plan.num_samples == 16 and plan.tables[0].info.dropped["where key >= 'clip0008'"] == 8
+    nothing = replace(config.train[0], where="frames > 100")
+    with pytest.raises(ValueError, match=r"dataset 'shards'.* no sample of 24 fits") as caught:
+        Plan.from_config(replace(config, train=[config.train[0], nothing]), 5)
+    assert "where frames > 100': 24" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "keys.bin", "bucket.bin", "counts.npy", "info.json"])
+@pytest.mark.parametrize("size", [0, 20, None])
+def test_a_damaged_compilation_is_made_again(
+    config: DataConfig, name: str, size: int | None
+) -> None:
+    expected = _steps(Plan.from_config(config, 5))
+    (made,) = _compiled(config)
+    if size is None:
+        (made / "0" / name).unlink()
+    else:
+        os.truncate(made / "0" / name, size)
+    assert _steps(Plan.from_config(config, 5)) == expected
+
+
+def test_a_shard_of_another_size_is_another_compilation(config: DataConfig) -> None:
+    """Its rows are the same, but reads are held to its size."""
+    Plan.from_config(config, 5)
+    shard = next(Path(config.train[0].path).glob("*.tar"))
+    shard.write_bytes(shard.read_bytes() + bytes(10_240))
+    build_catalogue(config.train[0].path, num_workers=1, progress=False)
+    plan = Plan.from_config(config, 5)
+    assert dict(plan.tables[0].info.shards)[shard.name] == shard.stat().st_size
 
 
 def test_many_processes_compile_once(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,3 +159,13 @@ def test_packs_hold_all_buckets_and_slots_cost_the_same() -> None:
             seen.update(s.sample_id for s in batch.samples if s.visit == 0)
     assert set(seen.values()) == {1} and len(seen) == plan.num_samples
     assert "of each pack of" in plan.summary()
+
+
+def test_packs_close_no_bucket_that_fills_them() -> None:
+    catalogue = synthetic_catalogue([100], [(9, 32, 32)])
+    grid = GridConfig([9], [32 * 32], 16, 1.0, batch_size=64)
+    cost = CostConfig(hidden_size=64, token=[4, 16, 16], max_tokens=2048)
+    config = DataConfig(train=[DatasetConfig("x")], grid=grid, cost=cost, micro_batches_per_step=4)
+    with pytest.raises(ValueError, match="fits only buckets that cannot fill a step': 100"):
+        Plan.from_catalogues([catalogue], config, 0)
+    assert Plan.from_catalogues([catalogue], replace(config, pack=True), 0).num_samples == 100

@@ -145,3 +145,8 @@ def test_a_run_is_audited_with_its_exclusions(
         if old != new
     ]
     assert changed and all(pair == (victim, victim) for pair in changed)
+    checkpoint = folder / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "train_state.json").write_text('{"plan": "another"}')
+    assert cli.main(["plan-steps", str(folder)]) == 1
+    assert "is not what it was trained on up to step 4" in capsys.readouterr().err
