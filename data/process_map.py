@@ -1,9 +1,7 @@
 """Work on many shards over processes that never outlive their parent, and its progress bar."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +11,8 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longtake.data.processes import die_with_parent
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -64,13 +64,8 @@ def _start_worker() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    assert parent is not None and parent.pid is not None
+    die_with_parent(parent.pid)
 
 
 @contextmanager

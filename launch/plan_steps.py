@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from longtake.launch.command import UserError
 from longtake.launch.compose import compose
 from longtake.train.checkpoint import TRAIN_STATE, list_steps
 from longtake.train.config import load_config, parse_data_config
+from longtake.train.health import Quarantine
 from longtake.train.run_folder import CHECKPOINTS, CONFIG, QUARANTINE
 
 _BATCH_SIZE = 2
@@ -80,7 +81,8 @@ def _open_plan(words: Sequence[str], catalogue: str | None) -> tuple[Plan, list[
         if overrides:
             raise UserError(f"{places[0]} is a run: its config is taken as it is")
         config = load_config(Path(places[0]) / CONFIG)
-        exclusions = list(_read_exclusions(Path(places[0]) / QUARANTINE))
+        rows = Quarantine.read_rows(Path(places[0]) / QUARANTINE, repair=False)
+        exclusions = [Exclusion(**row) for row in rows]
         plan = Plan.from_config(config.data, config.seed)
         _refuse_other_data(Path(places[0]), plan)
         return plan, exclusions
@@ -137,11 +139,3 @@ def _refuse_other_data(run: Path, plan: Plan) -> None:
             f"{run}: its data or its config is not what it was trained on up to step {step} "
             f"(plan {saw}, now {plan.fingerprint}): put the shards and catalogue of that time back"
         )
-
-
-def _read_exclusions(path: Path) -> Iterator[Exclusion]:
-    """Rows of a run's quarantine.jsonl; one that is just being written is passed over."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield Exclusion(**json.loads(line))

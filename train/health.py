@@ -95,12 +95,13 @@ class Quarantine:
         self.exclusions = list(first.values())
 
     @staticmethod
-    def read_rows(path: Path) -> list[dict[str, int | str]]:
-        """The rows of quarantine.jsonl; a last one cut by a kill was never acted on."""
+    def read_rows(path: Path, *, repair: bool = True) -> list[dict[str, int | str]]:
+        """The rows of quarantine.jsonl; a last one cut by a kill was never acted on, and goes with
+        `repair`. Whoever only looks must not: the run may just be writing it."""
         if not path.is_file():
             return []
         *lines, torn = path.read_text(encoding="utf-8").split("\n")
-        if torn:
+        if torn and repair:
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return [json.loads(line) for line in lines]
 

@@ -79,13 +79,7 @@ class CatalogueManifest:
         if self.passed_over:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.passed_over.items())
             lines.append(f"passed over, as they belong to no sample: {kinds}")
-        if self.num_rejected:
-            lines.append(f"rejected {self.num_rejected}:")
-            for entry in self.rejections(limit):
-                lines.append(f"  {entry['shard']}: {entry['key']}: {entry['reason']}")
-            if self.num_rejected > limit:
-                lines.append(f"  and {self.num_rejected - limit} more")
-        return lines
+        return lines + _rejection_lines(self.rejections(limit), self.num_rejected, limit)
 
 
 @dataclass(frozen=True)
@@ -103,14 +97,7 @@ class Catalogue:
 
     def rejections(self, limit: int = 20) -> list[str]:
         """Lines that say how many samples were rejected, and why the first `limit` of them were."""
-        if not self.rejected:
-            return []
-        lines = [f"rejected {len(self.rejected)}:"]
-        for entry in self.rejected[:limit]:
-            lines.append(f"  {entry['shard']}: {entry['key']}: {entry['reason']}")
-        if len(self.rejected) > limit:
-            lines.append(f"  and {len(self.rejected) - limit} more")
-        return lines
+        return _rejection_lines(self.rejected[:limit], len(self.rejected), limit)
 
     def filter(self, where: str) -> "FilterReport":
         """Keep the rows for which an SQL expression over the columns holds.
@@ -133,6 +120,14 @@ class FilterReport:
     catalogue: Catalogue
     kept: int
     dropped: dict[str, int]
+
+
+def _rejection_lines(first: Iterable[dict[str, str]], count: int, limit: int) -> list[str]:
+    if not count:
+        return []
+    lines = [f"  {entry['shard']}: {entry['key']}: {entry['reason']}" for entry in first]
+    more = [f"  and {count - limit} more"] if count > limit else []
+    return [f"rejected {count}:", *lines, *more]
 
 
 def build_catalogue(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from longtake.data.decode.guard import DecodeGuard
-from longtake.data.decode.source import HeaderLimits, open_video, read_timeline
+from longtake.data.decode.source import frame_times
 
 TIMEOUT = 120.0  # seconds for each FRAMES frames
 MAX_MEMORY = 4 * 2**30
@@ -31,10 +31,7 @@ def decode_all(data: bytes) -> Decoded:
         DecodeError: a frame is damaged, missing or of another size than the first; or the decoder
             takes too long or too much memory.
     """
-    limits = HeaderLimits()
-    with open_video(data, limits) as (container, stream):
-        timeline = read_timeline(data, container, stream, limits)
-    times = (timeline.pts - timeline.pts[0]) * timeline.time_base
+    times = frame_times(data)
     guard = _guard()
     _, height, width, _ = guard.decode_clip(data, [0.0]).shape
     for first in range(0, len(times), FRAMES):

@@ -58,6 +58,11 @@ class Timeline:
         """Seconds from the first frame to the end of the last one."""
         return float((self.end - self.pts[0]) * self.time_base)
 
+    @property
+    def seconds(self) -> np.ndarray:
+        """(N,) when each frame begins, from the first one on."""
+        return (self.pts - self.pts[0]) * self.time_base
+
     def indices(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
         """(T,) index of the frame on display at each time from the clip's start.
 
@@ -194,6 +199,16 @@ def read_timeline(
         end = int(times[-1]) + max(1, round((times[-1] - times[0]) / max(len(times) - 1, 1)))
     keys = np.sort(np.frombuffer(keyframes, np.int64))
     return Timeline(times, keys, end, float(stream.time_base or 1))
+
+
+def frame_times(data: bytes) -> np.ndarray:
+    """(N,) presentation times in seconds from the first frame, those of `iter_frames` in order.
+
+    Raises:
+        DecodeError: as of `probe`.
+    """
+    with open_video(data, limits := HeaderLimits()) as (container, stream):
+        return read_timeline(data, container, stream, limits).seconds
 
 
 def is_worth_a_window(container: InputContainer, stream: VideoStream) -> bool:

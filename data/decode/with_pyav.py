@@ -149,7 +149,7 @@ def iter_frames(
 def _interval(timeline: Timeline, start: float, stop: float, fps: float | None) -> np.ndarray:
     """Indices of the frames of `iter_frames`, in order."""
     if fps is None:
-        begins = (timeline.pts - timeline.pts[0]) * timeline.time_base
+        begins = timeline.seconds
         found = np.flatnonzero((begins >= start - 1e-9) & (begins < stop - 1e-9))
         if not len(found):
             raise DecodeError(f"no frame begins between {start:.3f} and {stop:.3f} s")

@@ -16,7 +16,7 @@ from longtake.data.decode import (
     probe,
 )
 from longtake.data.decode.mux import ClipEncoder, FFmpegError, Sound, without_sound
-from longtake.data.decode.source import HeaderLimits, open_video, read_timeline
+from longtake.data.decode.source import frame_times
 from longtake.data.samples import SampleError
 
 PIXEL_FORMATS = ("yuv420p", "yuv444p")
@@ -104,17 +104,6 @@ def make_clips(
             yield from _recode(data, info, recipe, alive)
     except FFmpegError as error:
         raise DecodeError(f"cannot be recoded: {error.strerror}") from error
-
-
-def frame_times(data: bytes) -> np.ndarray:
-    """(N,) presentation times in seconds from the first frame, those of `iter_frames` in order.
-
-    Raises:
-        DecodeError: as of `probe`.
-    """
-    with open_video(data, limits := HeaderLimits()) as (container, stream):
-        timeline = read_timeline(data, container, stream, limits)
-    return (timeline.pts - timeline.pts[0]) * timeline.time_base
 
 
 def _whole(data: bytes, ext: str, info: VideoInfo, recipe: Recipe) -> Clip:

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
@@ -72,7 +73,8 @@ def open_tables(
             with FileLock(f"{folder}.lock"):
                 if not all(map(SampleTable.is_whole, places)):
                     shutil.rmtree(folder, ignore_errors=True)
-                    _compile(manifests, datasets, config, must_fill, closed, folder)
+                    write = partial(_write_tables, manifests, datasets, config, must_fill, closed)
+                    _compile(write, folder)
     except OSError as error:
         raise ValueError(
             f"{folder}: the compiled plan cannot be written: {error.strerror or error}; "
@@ -100,10 +102,6 @@ def _plan_key(
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
 
 
-def _fingerprint(catalogue: str, dataset: DatasetConfig) -> str:
-    return hashlib.sha256(f"{catalogue}|{dataset.where}".encode()).hexdigest()[:32]
-
-
 def build_tables(
     catalogues: Sequence[Catalogue],
     datasets: Sequence[DatasetConfig],
@@ -122,15 +120,7 @@ def build_tables(
         writer.add(catalogue.table)
         rows = np.frombuffer(rows_file.getvalue(), ROW)
         keys = np.frombuffer(keys_file.getvalue(), np.uint8)
-        info = TableInfo(
-            root=str(catalogue.root),
-            dataset=catalogue.dataset,
-            fingerprint=_fingerprint(catalogue.fingerprint, dataset),
-            shards=[(name, None) for name in shards],
-            extensions=writer.extensions,
-            dropped=writer.dropped,
-            rejected=len(catalogue.rejected),
-        )
+        info = writer.info(catalogue, [(name, None) for name in shards], len(catalogue.rejected))
         collected.append((info, rows, keys))
     dealt = _deal([(info, rows) for info, rows, _ in collected], config, must_fill, closed)
     return [
@@ -139,18 +129,12 @@ def build_tables(
     ]
 
 
-def _compile(
-    manifests: Sequence[CatalogueManifest],
-    datasets: Sequence[DatasetConfig],
-    config: DataConfig,
-    must_fill: bool,
-    closed: Collection[int],
-    folder: Path,
-) -> None:
+def _compile(write: Callable[[Path], None], folder: Path) -> None:
+    """Let `write` fill the folder, which appears when it is whole."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_tables(manifests, datasets, config, must_fill, closed, temporary)
+        write(temporary)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -195,15 +179,8 @@ def _collect(manifest: CatalogueManifest, dataset: DatasetConfig, folder: Path) 
         writer = _Writer(rows, keys, dataset, list(manifest.shards), manifest.dataset)
         for names in _groups(manifest):
             writer.add(read_parts(manifest, names, columns))
-    return TableInfo(
-        root=str(manifest.root),
-        dataset=manifest.dataset,
-        fingerprint=_fingerprint(manifest.fingerprint, dataset),
-        shards=[(name, entry.bytes) for name, entry in manifest.shards.items()],
-        extensions=writer.extensions,
-        dropped=writer.dropped,
-        rejected=manifest.num_rejected,
-    )
+    shards = [(name, entry.bytes) for name, entry in manifest.shards.items()]
+    return writer.info(manifest, shards, manifest.num_rejected)
 
 
 @dataclass(frozen=True)
@@ -293,8 +270,8 @@ class _Writer:
         self._shards = pa.array(shards, pa.string())
         self._name = name
         self._key_bytes = 0
-        self.extensions: list[str] = []
-        self.dropped: dict[str, int] = {}
+        self._extensions: list[str] = []
+        self._dropped: dict[str, int] = {}
 
     def add(self, table: pa.Table) -> None:
         """Filter the rows and write those that have a wanted caption."""
@@ -317,8 +294,26 @@ class _Writer:
             rows["kinds"] = kinds[kept]
             self._rows.write(rows.tobytes())
 
+    def info(
+        self,
+        source: Catalogue | CatalogueManifest,
+        shards: list[tuple[str, int | None]],
+        rejected: int,
+    ) -> TableInfo:
+        """What was written, before buckets are dealt."""
+        identity = f"{source.fingerprint}|{self._dataset.where}"
+        return TableInfo(
+            root=str(source.root),
+            dataset=source.dataset,
+            fingerprint=hashlib.sha256(identity.encode()).hexdigest()[:32],
+            shards=shards,
+            extensions=self._extensions,
+            dropped=self._dropped,
+            rejected=rejected,
+        )
+
     def _drop(self, reason: str, count: int) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self._dropped[reason] = self._dropped.get(reason, 0) + count
 
     def _records(self, table: pa.Table) -> np.ndarray:
         rows = np.zeros(len(table), ROW)
@@ -342,5 +337,5 @@ class _Writer:
 
     def _codes(self, column: pa.ChunkedArray) -> np.ndarray:
         found = pc.unique(column).to_pylist()
-        self.extensions += [name for name in found if name not in self.extensions]
-        return pc.index_in(column, pa.array(self.extensions)).to_numpy()
+        self._extensions += [name for name in found if name not in self._extensions]
+        return pc.index_in(column, pa.array(self._extensions)).to_numpy()

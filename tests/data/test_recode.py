@@ -18,7 +18,8 @@ from longtake.data.decode import (
     iter_frames,
     probe,
 )
-from longtake.data.pack.recode import Clip, Recipe, frame_times, make_clips
+from longtake.data.decode.source import frame_times
+from longtake.data.pack.recode import Clip, Recipe, make_clips
 from longtake.data.samples import SampleError
 
 
