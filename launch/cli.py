@@ -10,14 +10,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from longtake.launch import data_commands, run_commands
+from longtake.launch import data_commands, evaluate_command, run_commands
 from longtake.launch.command import Command, UserError
 
 DESCRIPTION = (
     "Train your own video VAE and diffusion transformer, "
     "from raw captioned clips to samples and scores."
 )
-COMMANDS: tuple[Command, ...] = (*data_commands.COMMANDS, *run_commands.COMMANDS)
+COMMANDS: tuple[Command, ...] = (
+    *data_commands.COMMANDS,
+    *run_commands.COMMANDS,
+    *evaluate_command.COMMANDS,
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -39,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=command.title,
             description=command.title,
             formatter_class=HelpFormatter,
+            allow_abbrev=False,  # `--npr 2` must not mean what only `--nproc 2` is known to mean
         )
         command.add_arguments(sub)
         sub.set_defaults(command=command)
@@ -64,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback. Anything else is a defect of ours and shows its traceback always.
     """
     args = parse(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return args.command.run(args)
     except KeyboardInterrupt:

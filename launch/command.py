@@ -41,6 +41,8 @@ def names(text: str) -> tuple[str, ...]:
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
     if not parts:
         raise argparse.ArgumentTypeError("needs at least one name")
+    if len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} names something twice")
     return parts
 
 

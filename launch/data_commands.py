@@ -5,41 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from longtake.launch.command import Command, names, positive, size, steps
-
-
-def world_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `longtake world`."""
-    parser.add_argument("out", type=Path, help="folder for the shards (a PNG with --show)")
-    parser.add_argument("--clips", type=positive, default=1000, help="number of clips")
-    parser.add_argument("--families", type=names, help="comma-separated (default: all)")
-    parser.add_argument("--split", default="train", choices=("train", "val", "combo", "ood"))
-    parser.add_argument("--frames", type=positive, default=17)
-    parser.add_argument("--size", type=size, default=(32, 32), help="HEIGHTxWIDTH in pixels")
-    parser.add_argument("--fps", type=positive, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=positive, default=2)
-    parser.add_argument("--show", action="store_true", help="draw a few clips of each family only")
-
-
-def run_world(args: argparse.Namespace) -> int:
-    """Write shards of the procedural world, with their catalogue."""
-    from longtake.data.world import FAMILIES, contact_sheet, write_world
-
-    height, width = args.size
-    shape: dict[str, Any] = {"frames": args.frames, "height": height, "width": width}
-    common = {"split": args.split, "fps": args.fps, "seed": args.seed, **shape}
-    families = args.families or tuple(FAMILIES)
-    if args.show:
-        print(contact_sheet(args.out, families=families, **common))
-        return 0
-    report = write_world(
-        args.out, families=families, num_clips=args.clips, num_workers=args.workers, **common
-    )
-    print(f"{args.out}: {report}")
-    return 0
+from longtake.launch import world_command
+from longtake.launch.command import Command, positive, size, steps
 
 
 def pack_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +198,7 @@ def run_plan_steps(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("world", "write shards of the procedural world", world_arguments, run_world),
+    world_command.COMMAND,
     Command("pack", "turn a folder of videos with captions into shards", pack_arguments, run_pack),
     Command("index", "write the catalogue of a folder of shards", index_arguments, run_index),
     Command("verify", "decode and check every sample", verify_arguments, run_verify),

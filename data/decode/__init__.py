@@ -17,12 +17,19 @@ from longtake.data.decode.pixels import RESIZES
 from longtake.data.decode.source import (
     HeaderLimits,
     frame_rate,
+    frame_times,
     is_image,
     open_video,
     read_timeline,
 )
 from longtake.data.decode.with_decord import decode_decord
-from longtake.data.decode.with_pyav import decode_pyav, first_look, header_look, iter_frames
+from longtake.data.decode.with_pyav import (
+    decode_pyav,
+    first_look,
+    header_look,
+    iter_frames,
+    pixel_format,
+)
 
 __all__ = [
     "DECODERS",
@@ -35,7 +42,9 @@ __all__ = [
     "decode_clip",
     "encode_image",
     "encode_video",
+    "frame_times",
     "iter_frames",
+    "pixel_format",
     "probe",
 ]
 

@@ -146,6 +146,21 @@ def iter_frames(
                 yield picture
 
 
+def pixel_format(data: bytes) -> str:
+    """How the first frame is stored, as FFmpeg names it: yuv420p, yuv444p, rgb24, ...
+
+    Raises:
+        DecodeError: it cannot be decoded.
+    """
+    limits = HeaderLimits()
+    with open_video(data, limits) as (container, stream):
+        timeline = read_timeline(data, container, stream, limits)
+        first = [int(timeline.pts[0])]
+        for found in _wanted_frames(data, container, stream, timeline, limits, first):
+            return found.frame.format.name
+        raise _missing(timeline, first[0])
+
+
 def _interval(timeline: Timeline, start: float, stop: float, fps: float | None) -> np.ndarray:
     """Indices of the frames of `iter_frames`, in order."""
     if fps is None:

@@ -1,21 +1,25 @@
 """The procedural world: captioned video with exact truth, and scores that need no judge model."""
 
-from longtake.data.world.clips import WorldClip, make_clip
-from longtake.data.world.families import FAMILIES
-from longtake.data.world.scorers import BLIND, CHANCE, chance_of, score_clip, wilson
+from longtake.data.world.clips import Shapes, WorldClip, make_clip, make_pair
+from longtake.data.world.describe import Reading, read_caption
+from longtake.data.world.families import FAMILIES, SPLITS
+from longtake.data.world.scorers import SCORERS, score_clip, score_frames
 from longtake.data.world.sheet import contact_sheet
 from longtake.data.world.write import WorldReport, write_world
 
 __all__ = [
-    "BLIND",
-    "CHANCE",
     "FAMILIES",
+    "SCORERS",
+    "SPLITS",
+    "Reading",
+    "Shapes",
     "WorldClip",
     "WorldReport",
-    "chance_of",
     "contact_sheet",
     "make_clip",
+    "make_pair",
+    "read_caption",
     "score_clip",
-    "wilson",
+    "score_frames",
     "write_world",
 ]

@@ -5,16 +5,18 @@ covered edge pixels still name the right colour. Only where two colours meet may
 one pixel wide, so a blob must somewhere be two pixels thick.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy import ndimage
 
+from longtake.data.world.flow import CameraMotion, background_motion
 from longtake.data.world.render import coverage
 from longtake.data.world.scene import COLOURS, PALETTE, SHAPES
 
 MIN_COVERAGE = 0.45
+SOFT = 0.9  # of the palette's chroma: below it a colour counts as painted softly
 MIN_AREA = 0.0106  # of the shorter side squared: a fifth of the smallest entity
 _IN_FRAME = np.zeros((3, 3, 3), bool)
 _IN_FRAME[1] = True
@@ -57,16 +59,12 @@ class Track:
     @property
     def full_area(self) -> float:
         """Area when nothing hides it: the 80th percentile over the frames where it is seen."""
-        return float(np.percentile(self.area[self.seen], 80)) if self.seen.any() else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class CameraMotion:
-    """What the background did over the whole clip: shift (px) and zoom (log factor)."""
-
-    shift_x: float
-    shift_y: float
-    log_zoom: float
+        areas = np.sort(self.area[self.seen])
+        if not len(areas):
+            return 0.0
+        at = 0.8 * (len(areas) - 1)  # as np.percentile, in a twentieth of its time
+        low, high = areas[int(at)], areas[int(np.ceil(at))]
+        return float(low + (high - low) * (at % 1))
 
 
 class Detection:
@@ -80,12 +78,30 @@ class Detection:
         self.frames = frames
         self.num_frames, self.height, self.width = frames.shape[:3]
         self.side = min(self.height, self.width)
-        chroma = _chroma(frames.astype(np.float32))
-        along = chroma @ _PALETTE_UNIT.T  # (T, H, W, 6)
-        self.label = along.argmax(-1)
-        strength = np.sqrt((chroma * chroma).sum(-1)) / _PALETTE_NORM[self.label]
+        # one plane after the other: NumPy is slow at a short last axis
+        chroma = np.ascontiguousarray(_chroma(frames.astype(np.float32)).reshape(-1, 2).T)
+        along = _PALETTE_UNIT @ chroma  # (6, T · H · W)
+        label, best = np.zeros(along.shape[1], np.int64), along[0]
+        for index in range(1, len(COLOURS)):
+            label[along[index] > best] = index
+            best = np.maximum(best, along[index])
+        self.label = label.reshape(frames.shape[:3])
+        strength = np.sqrt(chroma[0] ** 2 + chroma[1] ** 2).reshape(self.label.shape)
+        strength /= _PALETTE_NORM[self.label]
+        self._brighten(strength)
         self.cover = np.minimum(strength, 1.0)  # (T, H, W)
         self.saturated = self.cover > MIN_COVERAGE
+
+    def _brighten(self, strength: np.ndarray) -> None:
+        """Scale each colour's chroma (T, H, W) in place so that its full coverage is 1.
+
+        A generator may paint softer colours than the palette's; their shapes count all the same.
+        """
+        for index in np.unique(self.label[strength > MIN_COVERAGE]):
+            mine = self.label == index
+            full = np.percentile(strength[mine & (strength > MIN_COVERAGE)], 90)
+            if full < SOFT:
+                strength[mine] /= full
 
     @cached_property
     def tracks(self) -> dict[str, Track]:
@@ -114,11 +130,11 @@ class Detection:
         Faint pixels at an edge count for place and area, not for what is connected to what.
         """
         mask = self.saturated & (self.label == colour)
-        labels, number = ndimage.label(mask, _IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
         frames: list[list[Blob]] = [[] for _ in range(self.num_frames)]
-        if not number:
-            return frames
         thick = mask[:, :-1, :-1] & mask[:, 1:, :-1] & mask[:, :-1, 1:] & mask[:, 1:, 1:]
+        if not thick.any():
+            return frames
+        labels, number = ndimage.label(mask, _IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
         has_core = np.zeros(number + 1, bool)
         has_core[labels[:, :-1, :-1][thick]] = True
         edge = ndimage.maximum_filter(labels, size=(1, 3, 3)) * (self.cover > 0.1)
@@ -166,50 +182,34 @@ class Detection:
         errors = [(abs(coverage(name, dx, dy, radius) - cover) * near).sum() for name in names]
         return names[int(np.argmin(errors))]
 
+    def turning(self, start: str, end: str) -> np.ndarray | None:
+        """How far a thing that rests has turned from one colour to another, (T,) from 0 to 1.
+
+        None unless the one colour at first and the other at last cover the same place.
+        """
+        faint = self.cover > 0.3
+        first = faint[0] & (self.label[0] == COLOURS.index(start))
+        last = faint[-1] & (self.label[-1] == COLOURS.index(end))
+        both = first & last
+        if both.sum() < max(0.6 * max(first.sum(), last.sum()), MIN_AREA * self.side**2 / 2):
+            return None
+        cover = np.minimum(self.cover[0], self.cover[-1]) * both
+        rgb = self.frames[:, cover > 0.8 * cover.max()].mean(1, dtype=np.float32)  # (T, 3)
+        way = rgb[-1] - rgb[0]
+        return (rgb - rgb[0]) @ way / (way @ way)
+
     @cached_property
     def camera(self) -> CameraMotion:
-        """Least-squares flow of the unsaturated pixels, one constant pan and zoom per clip."""
-        clean = ndimage.binary_erosion(self.cover < 0.12, _IN_FRAME, border_value=1)
-        step = max(1, self.side // 32)  # large frames are averaged down: it is the path that counts
+        """How the background moves; large frames are averaged down: it is the path that counts."""
+        step = max(1, self.side // 32)
         rows, cols = self.height // step, self.width // step
 
         def shrink(values: np.ndarray) -> np.ndarray:
-            cut = values[:, : rows * step, : cols * step]
-            return cut.reshape(-1, rows, step, cols, step).mean((2, 4), dtype=np.float32)
+            cut = values[:, : rows * step, : cols * step].astype(np.float32)
+            return cut.reshape(-1, rows, step, cols, step).mean((2, 4)) if step > 1 else cut
 
-        grey = shrink(self.frames.mean(-1, dtype=np.float32))
-        weight = (shrink(clean) == 1.0).astype(np.float32)
-        motion = np.zeros(3)  # px, px, log factor, per frame
-        for sigma in (2.0, 2.0, 2.0, 1.0, 1.0, 0.6):
-            motion += _flow_step(grey, weight, motion, sigma)
-        shift_x, shift_y, log_zoom = motion * (self.num_frames - 1)
-        return CameraMotion(float(shift_x * step), float(shift_y * step), float(log_zoom))
-
-
-def _flow_step(grey: np.ndarray, clean: np.ndarray, motion: np.ndarray, sigma: float) -> np.ndarray:
-    """One Gauss-Newton step on I_t(p) = I_{t+1}(p + shift + zoom · (p − centre))."""
-    height, width = grey.shape[1:]
-    blur = (0.0, sigma, sigma)
-    weight = ndimage.gaussian_filter(clean, blur)
-    soft = ndimage.gaussian_filter(grey * clean, blur) / np.maximum(weight, 1e-3)
-    y, x = np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2
-    at_y = y * np.exp(motion[2]) + motion[1] + (height - 1) / 2
-    at_x = x * np.exp(motion[2]) + motion[0] + (width - 1) / 2
-    is_row = (at_y >= 0) & (at_y <= height - 1)
-    inside = is_row[:, None] & (at_x >= 0) & (at_x <= width - 1)
-    to_y, to_x = _linear(at_y), _linear(at_x).T
-    ahead = to_y @ soft[1:] @ to_x  # (T - 1, H, W)
-    keep = (clean[:-1] > 0.5) & (to_y @ clean[1:] @ to_x > 0.99) & inside
-    slope_y, slope_x = np.gradient(ahead, axis=(1, 2))
-    slope_zoom = slope_x * x + slope_y * y[:, None]
-    rows = np.stack([slope_x, slope_y, slope_zoom], -1)[keep]  # (n, 3)
-    wanted = (soft[:-1] - ahead)[keep]
-    ridge = np.diag([1.0, 1.0, min(height, width) ** 2 / 12.0]) * 1e-3 * max(len(rows), 1)
-    step = np.linalg.solve(rows.T @ rows + ridge, rows.T @ wanted)
-    return np.clip(step, (-1.5, -1.5, -0.1), (1.5, 1.5, 0.1))
-
-
-def _linear(at: np.ndarray) -> np.ndarray:
-    """Weights (n, n) of linear interpolation at the indices `at` (n,), clamped to the ends."""
-    at = np.clip(at, 0, len(at) - 1)
-    return np.maximum(1 - abs(at[:, None] - np.arange(len(at))), 0.0)
+        coloured = ndimage.binary_dilation(shrink(self.cover) > 0.2, np.ones((1, 3, 3)))
+        clean = np.logical_not(coloured)
+        grey = shrink(self.frames @ np.full(3, 1 / 3, np.float32))
+        motion = background_motion(grey, clean.astype(np.float32))
+        return replace(motion, x=motion.x * step, y=motion.y * step)

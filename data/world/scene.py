@@ -21,6 +21,7 @@ BAR_GREY = (66, 66, 66)
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle")
 BIG_CANVAS_SHAPES = ("ring", "cross")  # need about 64 px to be told apart from the filled ones
+BIG_CANVAS = 64  # px of the shorter side from which on they occur
 SIZES = {"small": 0.15, "large": 0.22}  # radius as a share of the frame's shorter side
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left": (-1, 0),
@@ -52,11 +53,28 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """An attribute takes `value` from frame `start` on; a numeric one ramps over `duration` frames.
+class Limb:
+    """A stroke of a jointed figure, from the joint `parent` to the joint `name` at its far end.
 
-    Attributes: colour, shape, mark (text) and radius, angle, alpha, brightness (numbers; radius is
-    a factor of the entity's own).
+    No `parent` is the entity's own place. `angle` is 0 downwards and grows towards the right; a
+    change of the attribute `name` turns it. `width` of the stroke, `tip` radius of a disc at its
+    end.
+    """
+
+    name: str
+    parent: str | None
+    length: float
+    angle: float
+    width: float
+    tip: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An attribute takes `value` from frame `start` on; `duration` frames later, where it can ramp.
+
+    Attributes: shape, mark (text, at once), colour (blends) and radius, angle, alpha, brightness
+    (numbers; radius is a factor of the entity's own), and the angle of a limb under its name.
     """
 
     start: float
@@ -67,7 +85,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """One thing in the world; `half` (half-width, half-height) turns it into a bar of that size."""
+    """One thing in the world; `half` (half-width, half-height) turns it into a bar of that size.
+
+    With `limbs`, a parent before its children, it is a figure of strokes.
+    """
 
     id: int
     shape: str
@@ -81,6 +102,7 @@ class Entity:
     mark: str | None = None
     angle: float = 0.0
     changes: tuple[Change, ...] = ()
+    limbs: tuple[Limb, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +143,10 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything in a clip; `texture` is the background's peak deviation from its mean grey."""
+    """Everything in a clip; `texture` is the background's peak deviation from its mean grey.
+
+    `reference` is the frame that shows how a character looks before it acts.
+    """
 
     frames: int
     height: int
@@ -132,6 +157,12 @@ class Scene:
     events: tuple[Event, ...] = ()
     texture: float = 0.06
     panels: tuple[Panel, ...] = ()
+    reference: int | None = None
+
+    @property
+    def everything(self) -> tuple[Entity, ...]:
+        """Its own entities, then those of its panels; ids are unique among all of them."""
+        return self.entities + tuple(e for p in self.panels for e in p.scene.everything)
 
 
 @dataclass(slots=True)
@@ -147,11 +178,16 @@ class EntityTrack:
     colour: np.ndarray  # (T, 3) float32 in [0, 1]
     shape: list[str]
     mark: list[str | None]
+    joints: dict[str, tuple[np.ndarray, np.ndarray]]  # x (T,), y (T,) of every limb's far end
     visible: np.ndarray = field(default_factory=lambda: np.zeros(0))  # set by the renderer
 
 
 def positions(motion: tuple[Segment, ...], times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """World coordinates x (T,), y (T,) of a piecewise motion at `times` (T,)."""
+    if len(motion) == 1:  # as often: a fifth of the time
+        (s,) = motion
+        dt = times - s.start
+        return s.x + dt * (s.vx + 0.5 * dt * s.ax), s.y + dt * (s.vy + 0.5 * dt * s.ay)
     index = np.searchsorted([s.start for s in motion], times, side="right") - 1
     table = np.array([(s.start, s.x, s.y, s.vx, s.vy, s.ax, s.ay) for s in motion])
     start, x, y, vx, vy, ax, ay = table[np.maximum(index, 0)].T
@@ -162,11 +198,20 @@ def positions(motion: tuple[Segment, ...], times: np.ndarray) -> tuple[np.ndarra
 def camera_path(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Camera centre x, y in world pixels and zoom, each (T,)."""
     times = np.arange(scene.frames, dtype=np.float64)
+    if len(scene.shots) == 1:  # as nearly always: a tenth of the time
+        shot = scene.shots[0]
+        zoom = shot.zoom * np.exp(shot.zoom_rate * times)
+        return shot.x + shot.vx * times, shot.y + shot.vy * times, zoom
     index = np.searchsorted([s.start for s in scene.shots], times, side="right") - 1
     table = np.array([(s.start, s.x, s.y, s.zoom, s.vx, s.vy, s.zoom_rate) for s in scene.shots])
     start, x, y, zoom, vx, vy, rate = table[index].T
     dt = times - start
     return x + vx * dt, y + vy * dt, zoom * np.exp(rate * dt)
+
+
+def _paint(colour: str) -> np.ndarray:
+    """RGB in [0, 1] of a colour's name; grey for what has none."""
+    return np.array(PALETTE.get(colour, BAR_GREY), np.float32) / 255
 
 
 def track(scene: Scene, entity: Entity) -> EntityTrack:
@@ -176,31 +221,48 @@ def track(scene: Scene, entity: Entity) -> EntityTrack:
     cam_x, cam_y, zoom = camera_path(scene)
     ones = np.ones(scene.frames)
     numbers = {"radius": ones, "alpha": ones, "brightness": ones, "angle": ones * entity.angle}
+    numbers |= {limb.name: ones * limb.angle for limb in entity.limbs}
+    rgb = _paint(entity.colour)  # (3,), and (T, 3) once it changes
     texts: dict[str, list] = {
-        "colour": [entity.colour] * scene.frames,
         "shape": [entity.shape] * scene.frames,
         "mark": [entity.mark] * scene.frames,
     }
     for change in entity.changes:
-        if isinstance(change.value, str):
+        since = times - change.start
+        share = np.clip(since / change.duration, 0, 1) if change.duration else since >= 0
+        if change.attribute == "colour":
+            rgb = rgb + (_paint(str(change.value)) - rgb) * share[:, None]
+        elif isinstance(change.value, str):
             old = texts[change.attribute]
             texts[change.attribute] = [
                 change.value if t >= change.start else o for t, o in enumerate(old)
             ]
         else:
-            since = times - change.start
-            share = np.clip(since / change.duration, 0, 1) if change.duration else since >= 0
             old = numbers[change.attribute]
             numbers[change.attribute] = old + (change.value - old) * share
-    rgb = np.array([PALETTE.get(c, BAR_GREY) for c in texts["colour"]], np.float32) / 255
+    x = (x - cam_x) * zoom + scene.width / 2
+    y = (y - cam_y) * zoom + scene.height / 2
     return EntityTrack(
-        x=(x - cam_x) * zoom + scene.width / 2,
-        y=(y - cam_y) * zoom + scene.height / 2,
+        x=x,
+        y=y,
         radius=entity.radius * numbers["radius"] * zoom,
         zoom=zoom,
         angle=numbers["angle"],
         alpha=numbers["alpha"],
-        colour=rgb * numbers["brightness"][:, None].astype(np.float32),
+        colour=(rgb * numbers["brightness"][:, None]).astype(np.float32),
         shape=texts["shape"],
         mark=texts["mark"],
+        joints=_joints(entity, numbers, x, y, zoom),
     )
+
+
+def _joints(
+    entity: Entity, angles: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray, zoom: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Screen position of the far end of every limb of a figure that is at x (T,), y (T,)."""
+    joints: dict[str | None, tuple[np.ndarray, np.ndarray]] = {None: (x, y)}
+    for limb in entity.limbs:
+        from_x, from_y = joints[limb.parent]
+        reach, angle = limb.length * zoom, angles[limb.name]
+        joints[limb.name] = (from_x + reach * np.sin(angle), from_y + reach * np.cos(angle))
+    return {limb.name: joints[limb.name] for limb in entity.limbs}

@@ -1,11 +1,9 @@
 """Shards of the world: resumable by shard, the same bytes for any number of workers."""
 
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,14 +13,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from longtake.data.catalogue import build_catalogue, load_catalogue
 from longtake.data.decode import decode_clip, encode_image, encode_video
+from longtake.data.process_map import map_processes
+from longtake.data.randomness import derive_seed, numpy_rng, uniform
 from longtake.data.shards import ShardWriter
-from longtake.data.world.clips import WorldClip, check_request, make_clip
+from longtake.data.world.clips import (
+    DEFAULT_SHAPES,
+    Shapes,
+    WorldClip,
+    check_request,
+    describe,
+    draw_clip,
+)
+from longtake.data.world.defects import plant
 
 CRF = 10
 MIN_PSNR = 40.0  # dB; yuv444p at crf 10 gives 47 and more
 CHECK_EVERY = 16  # clips; those are decoded again to measure it
 SETTINGS = "world.json"
-VERSION = 1  # of what the clips look like; part of the settings
+VERSION = 2  # of what the clips look like; part of the settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +40,31 @@ class WorldRequest:
     families: tuple[str, ...]
     num_clips: int
     split: str
-    frames: int
-    height: int
-    width: int
-    fps: float
+    sizes: tuple[tuple[int, int], ...]
+    frames: tuple[int, ...]
+    fps: tuple[float, ...]
+    defects: float
     seed: int
     shard_size: int
     version: int = VERSION
+
+    def clip(self, index: int) -> WorldClip:
+        """Clip `index` as it is written: clean, or with a defect planted."""
+        clip = self._clean_clip(index)
+        if not self._is_defective(index):
+            return clip
+        first = index - index % self.shard_size
+        earlier = (i for i in range(index - 1, first - 1, -1) if not self._is_defective(i))
+        original = next(earlier, None)
+        rng = numpy_rng(derive_seed(self.seed, self.split, index), "defect")
+        return plant(clip, rng, None if original is None else self._clean_clip(original))
+
+    def _clean_clip(self, index: int) -> WorldClip:
+        shapes = Shapes(self.sizes, self.frames, self.fps)
+        return draw_clip(describe(self.seed, self.split, index, self.families, shapes))
+
+    def _is_defective(self, index: int) -> bool:
+        return uniform(derive_seed(self.seed, self.split, index), "is defective") < self.defects
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +89,8 @@ def write_world(
     families: Sequence[str],
     num_clips: int,
     split: str = "train",
-    frames: int = 17,
-    height: int = 32,
-    width: int = 32,
-    fps: float = 8,
+    shapes: Shapes = DEFAULT_SHAPES,
+    defects: float = 0.0,
     seed: int = 0,
     num_workers: int = 2,
     progress: bool = True,
@@ -74,21 +98,34 @@ def write_world(
 ) -> WorldReport:
     """Write clips 0 … num_clips - 1 of a split as <out>/<split>-*.tar and index the folder.
 
-    Shards that are there already are kept, so a stopped run goes on where it was. Several splits
-    may share a folder: call once for each.
+    Each clip gets one of the `shapes` that its family allows; a share of `defects` of them carries
+    a planted defect (defects.py). Shards that are there already are kept, so a stopped run goes on
+    where it was. Several splits may share a folder: call once for each.
 
     Raises:
-        ValueError: what `make_clip` refuses, or a folder begun with other settings.
-        OSError: the disk is full; finished shards stay, nothing half-written does.
+        ValueError: what `check_request` refuses, or a folder begun with other settings.
+        OSError: the disk is full, or a worker was killed; finished shards stay.
     """
     out = Path(out)
-    check_request(families, split, frames, height, width)
+    check_request(families, split, shapes)
     if num_clips < 1 or shard_size < 1:
         raise ValueError(f"num_clips={num_clips} and shard_size={shard_size} must be at least 1")
+    if not 0 <= defects <= 1:
+        raise ValueError(f"defects={defects} must be a share in [0, 1]")
     request = WorldRequest(
-        tuple(families), num_clips, split, frames, height, width, fps, seed, shard_size
+        families=tuple(families),
+        num_clips=num_clips,
+        split=split,
+        sizes=shapes.sizes,
+        frames=shapes.frames,
+        fps=shapes.fps,
+        defects=defects,
+        seed=seed,
+        shard_size=shard_size,
     )
     started = time.monotonic()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; name a folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
     _remember(out / SETTINGS, request)
     num_shards = -(-num_clips // shard_size)
@@ -96,7 +133,7 @@ def write_world(
     with _bar(progress) as bar:
         kept = num_clips - sum(len(_clips_of(request, i)) for i in missing)
         task = bar.add_task(f"world {split}", total=num_clips, completed=kept)
-        for done in _write_shards(out, request, missing, num_workers):
+        for done in map_processes(partial(_write_shard, out, request), missing, num_workers):
             bar.advance(task, done)
     if missing or not _is_indexed(out):
         build_catalogue(out, num_workers=num_workers, progress=progress)
@@ -128,7 +165,12 @@ def _clips_of(request: WorldRequest, shard: int) -> range:
 
 def _remember(path: Path, request: WorldRequest) -> None:
     """Note the settings of a split beside its shards; refuse to go on with other ones."""
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); delete it, and the shards if their settings are unknown"
+        ) from error
     wanted = json.loads(json.dumps(asdict(request)))
     old = known.get(request.split)
     if old is not None and old != wanted:
@@ -144,35 +186,9 @@ def _remember(path: Path, request: WorldRequest) -> None:
     os.replace(temporary, path)
 
 
-def _write_shards(
-    out: Path, request: WorldRequest, shards: list[int], num_workers: int
-) -> Iterator[int]:
-    """Yields numbers of clips as they get done."""
-    if num_workers <= 1 or len(shards) <= 1:
-        for shard in shards:
-            yield from _write_shard(out, request, shard)
-        return
-    # Workers draw and encode on one thread each: no torch is at work, so a fork is safe.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context) as pool:
-        work = partial(_write_whole_shard, out, request)
-        running: set[Future[int]] = {pool.submit(work, shard) for shard in shards}
-        try:
-            while running:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _write_whole_shard(out: Path, request: WorldRequest, shard: int) -> int:
-    return sum(_write_shard(out, request, shard))
-
-
-def _write_shard(out: Path, request: WorldRequest, shard: int) -> Iterator[int]:
-    """Draw, encode and write one tar; yields 1 for every clip."""
+def _write_shard(out: Path, request: WorldRequest, shard: int) -> int:
+    """Draw, encode and write one tar; the number of its clips."""
+    clips = _clips_of(request, shard)
     writer = ShardWriter(
         out,
         max_samples=request.shard_size,
@@ -181,19 +197,12 @@ def _write_shard(out: Path, request: WorldRequest, shard: int) -> Iterator[int]:
         start=shard,
     )
     with writer:
-        for index in _clips_of(request, shard):
-            clip = make_clip(
-                request.seed,
-                request.split,
-                index,
-                families=request.families,
-                frames=request.frames,
-                height=request.height,
-                width=request.width,
-                fps=request.fps,
-            )
-            writer.write(clip.key, sample_members(clip, check=index % CHECK_EVERY == 0))
-            yield 1
+        for index in clips:
+            clip = request.clip(index)
+            # Grain, which is a defect, costs the codec more than it is allowed.
+            is_checked = index % CHECK_EVERY == 0 and not clip.truth["defects"]
+            writer.write(clip.key, sample_members(clip, check=is_checked))
+    return len(clips)
 
 
 def sample_members(clip: WorldClip, *, check: bool = False) -> dict[str, bytes]:

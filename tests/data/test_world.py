@@ -1,4 +1,4 @@
-"""The world itself: pure clips, honest truth records, unambiguous captions, shards."""
+"""The world itself: pure clips of every shape, honest truth records, the renderer, shards."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import decode_clip, encode_video
-from longtake.data.shards import ShardReader, list_shards, scan_shard
-from longtake.data.world import FAMILIES, contact_sheet, make_clip, write, write_world
-from longtake.data.world.captions import MAX_DENSE, MAX_SHORT
+from longtake.data.world import FAMILIES, SPLITS, Shapes, contact_sheet, make_clip
+from longtake.data.world.clips import check_request, describe
 from longtake.data.world.families.registry import is_held_out
 from longtake.data.world.render import coverage, render
 from longtake.data.world.scene import (
@@ -29,8 +27,9 @@ from longtake.data.world.scene import (
 )
 
 ALL = tuple(FAMILIES)
-SPLITS = ("train", "val", "combo", "ood")
-SMALL = {"families": ALL, "frames": 5, "height": 16, "width": 16}
+TINY = tuple(f.name for f in FAMILIES.values() if f.min_side <= 16 and f.min_frames <= 5)
+SMALL = {"families": TINY, "frames": 5, "height": 16, "width": 16}
+MIXED = Shapes(((32, 32), (64, 64), (48, 64)), (1, 5, 17), (4, 8, 16))
 
 
 def scene_of(*entities: Entity, frames: int = 9, shots: tuple[Shot, ...] = ()) -> Scene:
@@ -42,7 +41,11 @@ def circle(*changes: Change, motion: tuple[Segment, ...] = (Segment(0, 16, 16),)
 
 
 def test_the_families_of_this_corpus_are_there() -> None:
-    assert {"move", "count", "leftright", "occlusion", "collide", "camera"} <= set(FAMILIES)
+    assert set(FAMILIES) >= {
+        *("move", "count", "leftright", "above", "behind", "occlusion", "collide", "candle"),
+        *("bite", "spill", "support", "hoop", "heading", "camera", "order", "attribute", "shots"),
+        *("pose", "grid", "mix"),
+    }
 
 
 def test_a_clip_is_a_function_of_its_arguments() -> None:
@@ -54,74 +57,80 @@ def test_a_clip_is_a_function_of_its_arguments() -> None:
         assert not np.array_equal(one.frames, make_clip(seed, split, index, families=ALL).frames)
 
 
-@pytest.mark.parametrize("frames", [5, 8, 33])
-@pytest.mark.parametrize("size", [(16, 16), (32, 48), (48, 32), (128, 128)])
+@pytest.mark.parametrize("frames", [1, 5, 8, 33])
+@pytest.mark.parametrize("size", [(16, 16), (18, 22), (32, 48), (48, 32), (128, 128)])
 @pytest.mark.parametrize("split", ["combo", "ood"])
 def test_every_size_can_be_drawn(frames: int, size: tuple[int, int], split: str) -> None:
-    for index in range(len(ALL)):
+    shapes = Shapes((size,), (frames,), (16,))
+    fit = [f for f in ALL if shapes.allowed(f).sizes and shapes.allowed(f).frames]
+    assert fit
+    for index in range(len(fit)):
         height, width = size
         clip = make_clip(
-            0, split, index, families=ALL, frames=frames, height=height, width=width, fps=16
+            0, split, index, families=fit, frames=frames, height=height, width=width, fps=16
         )
         assert clip.frames.shape == (frames, height, width, 3)
         assert clip.frames.dtype == np.uint8
-        assert len(clip.truth["entities"][0]["x"]) == frames
+        assert all(len(entity["x"]) == frames for entity in clip.truth["entities"])
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_captions_are_short_ascii_and_distinct(split: str) -> None:
-    for index in range(30 * len(ALL)):
-        clip = make_clip(1, split, index, **SMALL)
-        captions = clip.captions
-        assert set(captions) == {"dense", "short", "vague", "wrong", "zh"}
-        assert len(captions["dense"]) <= MAX_DENSE and len(captions["short"]) <= MAX_SHORT
-        assert captions["dense"].isascii() and captions["short"].isascii()
-        assert captions["wrong"] != captions["dense"]
-        assert not set(captions["vague"].split()) & {*COLOURS, *SHAPES}
-        assert any("一" <= letter <= "鿿" for letter in captions["zh"])
+def test_shapes_are_drawn_evenly_from_the_index_and_the_family_s_own() -> None:
+    plans = [describe(0, "train", i, ALL, MIXED) for i in range(60 * len(ALL))]
+    assert plans == [describe(0, "train", i, ALL, MIXED) for i in range(60 * len(ALL))]
+    for family in ALL:
+        can = MIXED.allowed(family)
+        mine = [plan.canvas for plan in plans if plan.family == family]
+        assert len(mine) == 60
+        assert {(c.height, c.width) for c in mine} == set(can.sizes)
+        assert {c.frames for c in mine} == set(can.frames)
+        assert {c.fps for c in mine} == set(MIXED.fps)
+        assert all(sum(c.frames == n for c in mine) > 30 / len(can.frames) for n in can.frames)
+    # neither other shapes nor other families change what a clip of one shape looks like
+    plan = describe(0, "train", 3, ALL, MIXED)
+    alone = Shapes(((plan.canvas.height, plan.canvas.width),), (plan.canvas.frames,), (8,))
+    assert describe(0, "train", 3, [plan.family], alone).words == plan.words
 
 
-def test_captions_say_what_the_truth_says() -> None:
-    for index in range(30 * len(ALL)):
-        clip = make_clip(2, "train", index, **SMALL)
-        dense, short = clip.captions["dense"], clip.captions["short"]
-        for entity in clip.truth["entities"]:
-            if entity["role"] == "subject":
-                noun = f"{entity['size']} {entity['colour']} {entity['shape']}"
-                assert noun in dense.lower() and entity["colour"] in short
-        for name, expected in clip.truth["expect"].items():
-            if name in ("direction", "permanence", "causal"):
-                assert f"moves {expected['word']}" in dense and expected["word"] in short
-    # two clips with one caption must not differ in what is asked
-    asked: dict[str, str] = {}
-    for index in range(30 * len(ALL)):
-        clip = make_clip(2, "train", index, **SMALL)
-        names = clip.truth["asked"]["short"]
-        content = json.dumps({n: clip.truth["expect"][n] for n in names}, sort_keys=True)
-        known = asked.setdefault(clip.captions["short"], content)
-        assert known == content
-
-
-def test_truth_is_consistent_and_json() -> None:
-    for index in range(15 * len(ALL)):
-        clip = make_clip(3, "train", index, families=ALL, frames=9)
-        truth = json.loads(json.dumps(clip.record()))["truth"]
+@pytest.mark.parametrize("family", ALL)
+def test_truth_is_consistent_and_json(family: str) -> None:
+    side = max(32, FAMILIES[family].min_side)
+    length = max(9, FAMILIES[family].min_frames)
+    shape = {"frames": length, "height": side, "width": side}
+    for index, split in enumerate(SPLITS * 4):
+        clip = make_clip(3, split, index, families=[family], **shape)
+        record = json.loads(json.dumps(clip.record()))
+        assert record["scores"] == {**dict.fromkeys(clip.truth["expect"], 1.0), "defect": 0.0}
+        truth = record["truth"]
+        assert truth["defects"] == [] and truth["shots"][0]["start"] == 0
+        assert truth["shots"][-1]["end"] == length
+        levels = clip.description.reading().levels(clip.description.canvas)
+        assert levels.keys() == truth["expect"].keys()
         subjects = [e for e in truth["entities"] if e["role"] == "subject"]
-        assert truth["count"] == len(subjects)
-        assert truth["defects"] == [] and truth["shots"] == [{"start": 0, "end": 9}]
+        assert subjects and truth["count"] == len(subjects)
+        ids = [e["id"] for e in truth["entities"]]
+        assert len(set(ids)) == len(ids)
+        for event in truth["events"]:
+            assert 0 <= event["frame"] <= length - 1 and set(event["ids"]) <= set(ids)
         for entity in subjects:
             visible = np.array(entity["visible"])
-            assert visible.max() > 0.9 and visible.max() <= 1
-            if clip.family != "occlusion":
-                assert visible.min() > 0.4
+            assert visible.min() >= 0 and visible.max() <= 1
+            assert max(len(entity[k]) for k in ("x", "y", "r")) == length
+
+
+@pytest.mark.parametrize("family", ["move", "count", "leftright", "collide"])
+def test_entities_stay_inside_the_frame(family: str) -> None:
+    for index in range(15):
+        clip = make_clip(3, "train", index, families=[family], frames=9)
+        for entity in clip.truth["entities"]:
+            assert min(entity["visible"]) > 0.4 and max(entity["visible"]) > 0.9
             radius = np.array(entity["r"])
             edge = np.array([entity["x"], entity["y"]])
             assert (edge > 0.7 * radius).all() and (edge < 32 - 0.7 * radius).all()
 
 
 def test_occluded_entities_are_wholly_hidden_once_and_seen_at_both_ends() -> None:
-    for frames, side in ((5, 16), (8, 16), (9, 16), (17, 32), (33, 64)):
-        for index in range(60):
+    for frames, side in ((8, 16), (9, 16), (17, 32), (33, 64)):
+        for index in range(30):
             clip = make_clip(
                 4, "train", index, families=["occlusion"], frames=frames, height=side, width=side
             )
@@ -150,16 +159,11 @@ def test_collisions_conserve_momentum_and_touch_at_contact() -> None:
 
 
 def test_combo_holds_triples_out() -> None:
+    shapes = Shapes(((16, 16),), (5,))
+
     def triples(split: str) -> set[tuple[str, str, str]]:
-        made = [make_clip(0, split, i, families=["move"], frames=5) for i in range(1500)]
-        return {
-            (
-                c.scene.entities[0].colour,
-                c.scene.entities[0].shape,
-                c.truth["expect"]["direction"]["word"],
-            )
-            for c in made
-        }
+        plans = (describe(0, split, i, ["move"], shapes) for i in range(1500))
+        return {(p.words["colour"], p.words["shape"], p.words["direction"]) for p in plans}
 
     train, combo = triples("train"), triples("combo")
     assert not train & combo
@@ -263,13 +267,14 @@ def test_panels_hold_scenes_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"families": ["mvoe"]}, "mvoe.*use camera"),
+        ({"families": ["mvoe"]}, "mvoe.*use above"),
         ({"families": []}, "families is empty"),
         ({"split": "test"}, "split='test'"),
         ({"frames": 0}, "frames=0"),
-        ({"frames": 1, "families": ["collide"]}, "'collide' needs frames >= 5"),
+        ({"frames": 1, "families": ["move", "collide"]}, r"collide \(frames >= 5.*families move"),
         ({"height": 8}, "8x32"),
         ({"width": 33}, "32x33"),
+        ({"fps": 0}, "fps=0"),
     ],
 )
 def test_wrong_requests_name_the_rule(change: dict, message: str) -> None:
@@ -278,90 +283,19 @@ def test_wrong_requests_name_the_rule(change: dict, message: str) -> None:
         make_clip(0, request.pop("split"), 0, **request)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in list_shards(folder)}
-
-
-def test_shards_have_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
-    for workers in (1, 2):
-        report = write_world(
-            tmp_path / str(workers),
-            num_clips=50,
-            shard_size=16,
-            num_workers=workers,
-            progress=False,
-            **SMALL,
-        )
-        assert (report.num_clips, report.num_shards, report.new_shards) == (50, 4, 4)
-    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
-    assert one == two and len(one) == 4
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_a_stopped_run_goes_on_by_shard(tmp_path: Path) -> None:
-    arguments = {"num_clips": 30, "shard_size": 10, "num_workers": 1, "progress": False, **SMALL}
-    write_world(tmp_path, **arguments)
-    before = contents(tmp_path)
-    (tmp_path / "train-000001.tar").unlink()
-    report = write_world(tmp_path, **arguments)
-    assert report.new_shards == 1 and contents(tmp_path) == before
-    assert write_world(tmp_path, **arguments).new_shards == 0
-    with pytest.raises(ValueError, match=r"seed=1 \(was 0\)"):
-        write_world(tmp_path, **{**arguments, "seed": 1})
-
-
-def test_a_run_killed_before_its_catalogue_heals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = {"num_clips": 4, "num_workers": 1, "progress": False, **SMALL}
-    write_world(tmp_path, **arguments)
-
-    def killed(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(write, "build_catalogue", killed)
-        with pytest.raises(KeyboardInterrupt):
-            write_world(tmp_path, split="val", **arguments)
-    assert write_world(tmp_path, split="val", **arguments).new_shards == 0
-    assert len(load_catalogue(tmp_path)) == 8
-
-
-def test_shards_carry_frames_captions_and_truth(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        write_world(tmp_path, num_clips=12, split=split, num_workers=1, progress=False, **SMALL)
-    table = load_catalogue(tmp_path).table
-    assert table.num_rows == 24
-    assert set(table["split"].to_pylist()) == {"train", "val"}
-    assert set(table["family"].to_pylist()) == set(ALL)
-    assert set(zip(table["height"].to_pylist(), table["frames"].to_pylist(), strict=True)) == {
-        (16, 5)
-    }
-    reader = ShardReader()
-    shard = tmp_path / "val-000000.tar"
-    for index, entry in enumerate(scan_shard(shard)):
-        clip = make_clip(0, "val", index, **SMALL)
-        assert entry.key == clip.key
-        video = reader.read(shard, entry.members["mp4"])
-        frames = decode_clip(video, [t / 8 for t in range(5)]).astype(float)
-        assert 10 * np.log10(255**2 / np.mean((frames - clip.frames) ** 2)) > 40
-        assert json.loads(reader.read(shard, entry.members["json"])) == json.loads(
-            json.dumps(clip.record())
-        )
-
-
-def test_single_frames_become_images(tmp_path: Path) -> None:
-    families = ("move", "leftright", "count")
-    write_world(tmp_path, families=families, num_clips=6, frames=1, num_workers=1, progress=False)
-    (entry, *_) = scan_shard(tmp_path / "train-000000.tar")
-    assert set(entry.members) == {"png", "json"}
-    assert load_catalogue(tmp_path).table["frames"].to_pylist() == [1] * 6
+def test_families_that_no_shape_will_do_for_are_named() -> None:
+    check_request(["move", "collide"], "train", Shapes(((16, 16),), (1, 5)))
+    for shapes in (Shapes(frames=(1, 2)), Shapes(frames=(3,))):
+        with pytest.raises(ValueError, match=r"frames .* will do for collide .*families move"):
+            check_request(["move", "collide"], "train", shapes)
+    with pytest.raises(ValueError, match="at least one value"):
+        check_request(["move"], "train", Shapes(sizes=()))
 
 
 def test_encoding_is_the_same_every_time() -> None:
     """x264's macroblock tree once made the bytes of tiny frames depend on earlier calls."""
     made = [
-        make_clip(0, "train", i, families=ALL, frames=9, height=16, width=16) for i in range(120)
+        make_clip(0, "train", i, families=TINY, frames=9, height=16, width=16) for i in range(60)
     ]
     first = [encode_video(c.frames, 8) for c in made]
     for clip, video in zip(made, first, strict=True):
@@ -370,8 +304,10 @@ def test_encoding_is_the_same_every_time() -> None:
 
 
 def test_contact_sheet_is_a_picture(tmp_path: Path) -> None:
-    path = contact_sheet(tmp_path / "sheet.png", families=ALL, frames=9, height=16, width=32)
+    path = contact_sheet(tmp_path / "sheet.png", families=TINY[:4], frames=9, height=16, width=32)
     assert path.read_bytes().startswith(b"\x89PNG")
+    image = contact_sheet(tmp_path / "image.png", families=["move"], frames=1)
+    assert image.stat().st_size > 2000
     with pytest.raises(ValueError, match="unknown"):
         contact_sheet(tmp_path / "other.png", families=["nothing"])
     assert not (tmp_path / "other.png").exists()

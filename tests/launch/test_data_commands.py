@@ -121,7 +121,7 @@ def test_real_clips_pack(real_clips: Path, tmp_path: Path) -> None:
 
 
 def test_contact_sheet(tmp_path: Path) -> None:
-    argv = ["world", str(tmp_path / "sheet.png"), "--show", "--families", "move", "--size", "32"]
+    argv = ["world", "--show", str(tmp_path / "sheet.png"), "--families", "move", "--size", "32"]
     assert cli.main(argv) == 0
     assert (tmp_path / "sheet.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake.data.world import write_world
+from longtake.data.world import Shapes, write_world
 
 SMALL = (
     *("experiment=nano_identity", "tracking=jsonl", "train.device=cpu", "engine.precision=fp32"),
@@ -28,9 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(out,),
         families=("move",),
         num_clips=16,
-        frames=8,
-        height=16,
-        width=16,
+        shapes=Shapes(((16, 16),), (8,)),
         num_workers=1,
         progress=False,
     )

@@ -1,91 +1,129 @@
 """One entity moves in one direction: is the prompt followed at all?"""
 
-from dataclasses import replace
-
 import numpy as np
 
-from longtake.data.world.captions import (
-    STATIC_CAMERA,
-    STATIC_CAMERA_ZH,
-    ZH,
-    Words,
-    full_noun,
-    other_colour,
-    plain_noun,
-    region,
-    zh_noun,
-)
 from longtake.data.world.families.registry import (
+    Ask,
     Canvas,
-    Composition,
+    Family,
+    Form,
     draw_look,
-    family,
-    fixed_shot,
     margins,
+    pick,
+    register,
 )
+from longtake.data.world.faults import (
+    at_rest,
+    blinking,
+    half_gone,
+    mirrored,
+    missing,
+    recoloured,
+    recoloured_midway,
+    reshaped,
+    resized,
+    split_in_two,
+)
+from longtake.data.world.language import PLACES, STATIC_CAMERA, STATIC_CAMERA_ZH, Words, within
 from longtake.data.world.scene import DIRECTIONS, SIZES, Entity, Scene, Segment
 
-# travel during the clip as a share of the shorter side; the third is faster or slower than training
-SLOW, FAST, OOD = (0.16, 0.22), (0.28, 0.5), (0.10, 0.14)
+# travel during the clip as a share of the shorter side; out of distribution it is slower than ever
+PACES = {"slowly": (0.16, 0.22), "quickly": (0.28, 0.5)}
+OOD = {"slowly": (0.10, 0.14), "quickly": (0.52, 0.6)}
+
+LOOKS = (
+    Ask("colour", {"colours": ["{colour}"]}, 1 / 6),
+    Ask("shape", {"shape": "{shape}"}, lambda canvas: 1 / len(canvas.shapes)),
+    Ask("size", {"size": "{size}"}, 1 / 2),
+)
+MOTION = (
+    Ask("direction", {"word": "{direction}"}, 1 / 4),
+    Ask("pace", {"pace": "{pace}"}, 1 / 2),
+    Ask("count_constancy", {}, 1.0),
+)
 
 
-def _words(entity: Entity, word: str, pace: str, place: str, is_image: bool) -> Words:
-    noun, full = plain_noun(entity), full_noun(entity)
-    if is_image:
-        dense = f"A {full} at the {place} of a plain grey background."
-        return Words(dense, f"a {noun}", "a thing", f"灰色背景上有一个{zh_noun(entity)}。")
-    return Words(
-        dense=f"A {full} starts at the {place} and moves {word} {pace} in a straight line "
-        f"over a plain grey background. {STATIC_CAMERA}",
-        short=f"a {noun} moves {word}",
+def _moving(way: str, place: str, zh_place: str, directions: tuple[str, str]) -> Form:
+    return Form(
+        dense=f"A {{size}} {{colour}} {{shape}} moves {{direction}} {{pace}} in a straight line "
+        f"{way} the {place} of a plain grey background. {STATIC_CAMERA}",
+        short="a {colour} {shape} moves {direction}",
         vague="something moves",
-        zh=f"一个{zh_noun(entity)}在灰色背景上{ZH[pace]}向{ZH[word]}直线移动。{STATIC_CAMERA_ZH}",
+        zh=f"一个{{size}}的{{colour}}{{shape}}在灰色背景{zh_place}{{pace}}向{{direction}}直线移动。"
+        f"{STATIC_CAMERA_ZH}",
+        asks=(*LOOKS, *MOTION),
+        flips=("colour", "shape", "direction"),
+        choices={"direction": directions},
     )
 
 
-@family(
-    "move",
-    min_frames=1,
-    chance={"colour": 1 / 6, "shape": 1 / 3, "size": 1 / 2, "direction": 1 / 4},
-    blind={"colour": 1 / 6, "shape": 1 / 3, "size": 1 / 2, "direction": 1 / 4},
-)
-def compose(rng: np.random.Generator, canvas: Canvas) -> Composition:
-    """Constant velocity, always wholly inside the frame."""
+FORMS = {
+    "across": _moving("through", "{row}", "{row}", ("left", "right")),
+    "upright": _moving("along", "{column}", "{column}", ("up", "down")),
+    "image": Form(
+        dense="A {size} {colour} {shape} at the {place} of a plain grey background.",
+        short="a {colour} {shape}",
+        vague="a thing",
+        zh="灰色背景的{place}有一个{size}的{colour}{shape}。",
+        asks=LOOKS,
+        flips=("colour", "shape"),
+    ),
+}
+
+
+def draw(rng: np.random.Generator, canvas: Canvas) -> tuple[str, dict[str, str]]:
+    """Form and words: a direction with its place across it, or an image with its place."""
     verb = int(rng.integers(4))
-    word = list(DIRECTIONS)[verb]
-    ux, uy = DIRECTIONS[word]
     colour, shape = draw_look(rng, canvas, verb)
-    size = list(SIZES)[rng.integers(2)]
-    radius = canvas.radius(size)
-    side, top, bottom = margins(shape, radius)
+    words = {"colour": colour, "shape": shape, "size": pick(rng, tuple(SIZES))}
+    if canvas.frames == 1:
+        return "image", {**words, "place": pick(rng, tuple(PLACES))}
+    words |= {"direction": tuple(DIRECTIONS)[verb], "pace": pick(rng, tuple(PACES))}
+    if verb < 2:
+        return "across", {**words, "row": pick(rng, ("top", "middle", "bottom"))}
+    return "upright", {**words, "column": pick(rng, ("left", "middle", "right"))}
+
+
+def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> Scene:
+    """Constant velocity, always wholly inside the frame."""
+    radius = canvas.radius(words["size"])
+    side, top, bottom = margins(words["shape"], radius)
     low = np.array([side, top])
     free = np.array([canvas.width - side, canvas.height - bottom]) - low
-    is_fast = bool(rng.random() < 0.5)
-    share = rng.uniform(*(OOD if canvas.split == "ood" else FAST if is_fast else SLOW))
-    pace = "quickly" if is_fast and canvas.split != "ood" else "slowly"
-    step = np.array([ux, uy])
-    travel = np.minimum(share * canvas.short_side, free) * step
-    start = low + rng.random(2) * (free - abs(travel)) + np.maximum(-travel, 0)
-    velocity = travel / max(canvas.frames - 1, 1)
-    segment = Segment(0.0, float(start[0]), float(start[1]), float(velocity[0]), float(velocity[1]))
-    entity = Entity(0, shape, colour, radius, (segment,), size)
-    scene = Scene(
-        canvas.frames, canvas.height, canvas.width, canvas.fps, (entity,), fixed_shot(rng, canvas)
+    place = words["place"].split() if form == "image" else []
+    row = next((w for w in place if w in ("top", "bottom")), words.get("row", "middle"))
+    column = next((w for w in place if w in ("left", "right")), words.get("column", "middle"))
+    step, travel = np.zeros(2), np.zeros(2)
+    if form != "image":
+        step = np.array(DIRECTIONS[words["direction"]])
+        paces = OOD if canvas.split == "ood" else PACES
+        share = rng.uniform(*paces[words["pace"]])
+        travel = np.minimum(share * canvas.short_side, free) * step
+    u, v = rng.random(2)
+    start = np.array([within(column, 0, free[0], u), within(row, 0, free[1], v)])
+    along = abs(step) > 0
+    start[along] = u * (free - abs(travel))[along] + np.maximum(-travel, 0)[along]
+    vx, vy = (travel / max(canvas.frames - 1, 1)).tolist()
+    segment = Segment(0.0, *(low + start).tolist(), vx, vy)
+    entity = Entity(0, words["shape"], words["colour"], radius, (segment,), words["size"])
+    return canvas.scene(rng, entity)
+
+
+register(
+    Family(
+        "move",
+        failure="the prompt is ignored",
+        forms=FORMS,
+        draw=draw,
+        build=build,
+        min_frames=1,
+        faults={
+            "colour": (recoloured, missing),
+            "shape": (reshaped,),
+            "size": (resized,),
+            "direction": (mirrored, at_rest),
+            "pace": (at_rest,),
+            "count_constancy": (blinking, half_gone, recoloured_midway, split_in_two),
+        },
     )
-    place = region(start[0], start[1], canvas.width, canvas.height)
-    is_image = canvas.frames == 1
-    expect = {
-        "colour": {"colours": [colour]},
-        "shape": {"colour": colour, "shape": shape},
-        "size": {"size": size},
-    }
-    if not is_image:
-        expect["direction"] = {"word": word}
-    flipped = replace(entity, colour=other_colour(colour, [colour]))
-    return Composition(
-        scene=scene,
-        words=_words(entity, word, pace, place, is_image),
-        wrong=_words(flipped, word, pace, place, is_image).dense,
-        expect=expect,
-        asked={"dense": list(expect), "short": [s for s in expect if s != "size"]},
-    )
+)

@@ -1,17 +1,33 @@
 """What a family of scenes is, and the register of all of them.
 
-A family is one module of this folder: a function that composes a scene and its words, decorated
-with `family`. Scores it expects are named with their parameters in `Composition.expect`.
+A family is one module of this folder that says everything about it: the sentences that describe a
+clip and what they ask for (`Form`), which words a clip gets (`draw`), the scene that these words
+and chance determine (`build`), scorers of its own, and the faults that must score nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longtake.data.world.captions import Words
-from longtake.data.world.scene import COLOURS, EXTENTS, SHAPES, SIZES, Scene, Segment, Shot
+from longtake.data.world.language import Vocabulary, Words, say, slots_of, vocabulary_of
+from longtake.data.world.scene import (
+    BIG_CANVAS,
+    BIG_CANVAS_SHAPES,
+    COLOURS,
+    EXTENTS,
+    SHAPES,
+    SIZES,
+    Entity,
+    Scene,
+    Segment,
+    Shot,
+)
+
+if TYPE_CHECKING:
+    from longtake.data.world.clips import WorldClip
 
 SPLITS = ("train", "val", "combo", "ood")
 
@@ -34,70 +50,162 @@ class Canvas:
     def centre(self) -> tuple[float, float]:
         return self.width / 2, self.height / 2
 
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """Shapes that can be told apart at this size."""
+        return (*SHAPES, *BIG_CANVAS_SHAPES) if self.short_side >= BIG_CANVAS else SHAPES
+
     def radius(self, size: str) -> float:
         """Radius in pixels of a size word; `ood` is outside what the other splits show."""
         if self.split == "ood":
             return {"small": 0.13, "large": 0.245}[size] * self.short_side
         return SIZES[size] * self.short_side
 
+    def scene(self, rng: np.random.Generator, *entities: Entity, **rest: Any) -> Scene:
+        """A scene of this size; one shot with the camera at rest unless `shots` are given."""
+        if "shots" not in rest:
+            rest["shots"] = (Shot(0, *self.centre, background=int(rng.integers(2**31))),)
+        return Scene(self.frames, self.height, self.width, self.fps, entities, **rest)
+
 
 @dataclass(frozen=True, slots=True)
-class Composition:
-    """A scene, its words, the words with one attribute flipped, and the scores it can be given.
+class Ask:
+    """A score that a caption asks for, wherever the caption says all slots named in `values`.
 
-    `expect` maps a score to its parameters; `asked` says which of them each caption kind determines
-    (a score that the caption does not ask for would be a coin toss).
+    `values` are the scorer's parameters, `{slot}` in any text standing for what the slot says.
+    `chance` is what the score is worth for true clips under the captions of others of the family,
+    `blind` what it is worth when all is drawn as asked except the attribute it measures.
     """
 
-    scene: Scene
-    words: Words
-    wrong: str
-    expect: Mapping[str, Mapping[str, Any]]
-    asked: Mapping[str, Sequence[str]]
+    score: str
+    values: Mapping[str, Any]
+    chance: float | Callable[[Canvas], float]
+    blind: float | Callable[[Canvas], float] | None = None
+
+    def levels(self, canvas: Canvas) -> tuple[float, float]:
+        """Chance and blind level for clips of this kind."""
+        chance = self.chance(canvas) if callable(self.chance) else self.chance
+        blind = self.blind(canvas) if callable(self.blind) else self.blind
+        return chance, chance if blind is None else blind
 
 
-Compose = Callable[[np.random.Generator, Canvas], Composition]
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way in which a clip of the family can be described: a template of every caption kind.
+
+    `flips` are the slots, said in `dense` and `short`, whose change makes another possible clip
+    of the same form: `wrong` captions and minimal pairs change one of them. `choices` limits the
+    values they may take (the whole vocabulary otherwise).
+    """
+
+    dense: str
+    short: str
+    vague: str
+    zh: str
+    asks: tuple[Ask, ...]
+    flips: tuple[str, ...]
+    words: Mapping[str, Vocabulary] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def captions(self, words: Words) -> dict[str, str]:
+        """The clip's captions by kind."""
+        kinds = {"dense": self.dense, "short": self.short, "vague": self.vague, "zh": self.zh}
+        return {kind: say(text, words, self.words, kind) for kind, text in kinds.items()}
+
+    def flipped(self, rng: np.random.Generator, canvas: Canvas, words: Words, slot: str) -> Words:
+        """The words with another value in one slot, one that no like slot has."""
+        name = slot.rstrip("0123456789")
+        allowed = canvas.shapes if name == "shape" else tuple(vocabulary_of(slot, self.words))
+        allowed = self.choices.get(slot, allowed)
+        like = {value for other, value in words.items() if other.rstrip("0123456789") == name}
+        free = [v for v in allowed if v not in like] or [v for v in allowed if v != words[slot]]
+        return {**words, slot: free[rng.integers(len(free))]}
+
+    def said(self, kind: str, words: Words) -> Words:
+        """Those of the words that captions of a kind say."""
+        template = {"dense": self.dense, "short": self.short, "vague": self.vague, "zh": self.zh}
+        return {slot: words[slot] for slot in slots_of(template[kind])}
+
+    def asked(self, words: Words) -> dict[str, tuple[Ask, dict[str, Any]]]:
+        """Scores that these words ask for, with their parameters; of two asks for one score the
+        later counts. A sentence that says nothing of its own asks for nothing."""
+        found = {}
+        for ask in self.asks if words else ():
+            try:
+                found[ask.score] = ask, _fill(ask.values, words)
+            except KeyError:
+                continue
+        return found
+
+    def expect(self, words: Words) -> dict[str, dict[str, Any]]:
+        """Scores with their parameters, as `score_frames` takes them."""
+        return {score: values for score, (_, values) in self.asked(words).items()}
+
+
+def _fill(value: Any, words: Words) -> Any:
+    """`value` with every `{slot}` replaced, at any depth; KeyError for a slot without a word."""
+    if isinstance(value, str):
+        return value.format_map(words) if "{" in value else value
+    if isinstance(value, Mapping):
+        return {key: _fill(part, words) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fill(part, words) for part in value]
+    return value
+
+
+Fault = Callable[["WorldClip"], np.ndarray | None]
+"""Frames of the clip with a fault planted; None where this clip has no room for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`chance`: what each score is worth when captions are shuffled between the family's clips.
-    `blind`: what it is worth when all is drawn as asked except the attribute it measures."""
+    """One family; `failure` is what it measures, for the reader of a table.
+
+    `draw` returns the name of a form and a value for each of its slots. `build` makes the scene
+    from them; what the words leave open comes from its generator, so a change of one word leaves
+    the rest of a scene as it was. `faults` are the planted faults of every score. `nudge` moves an
+    effect by some frames against its cause, where there is one.
+    """
 
     name: str
-    compose: Compose
-    min_frames: int
-    chance: Mapping[str, float] = field(default_factory=dict)
-    blind: Mapping[str, float] = field(default_factory=dict)
+    failure: str
+    forms: Mapping[str, Form]
+    draw: Callable[[np.random.Generator, Canvas], tuple[str, dict[str, str]]]
+    build: Callable[[np.random.Generator, Canvas, str, Words], Scene]
+    faults: Mapping[str, tuple[Fault, ...]]
+    min_frames: int = 5
+    min_side: int = 16
+    nudge: Callable[[Scene, float], Scene] | None = None
 
 
 FAMILIES: dict[str, Family] = {}
 
 
-def family(
-    name: str,
-    *,
-    min_frames: int,
-    chance: Mapping[str, float],
-    blind: Mapping[str, float],
-) -> Callable[[Compose], Compose]:
-    """Enter a compose function into the register under `name`."""
+def register(family: Family) -> None:
+    """Enter a family into the register.
 
-    def enter(compose: Compose) -> Compose:
-        if name in FAMILIES:
-            raise ValueError(f"family {name!r} is defined twice: rename one of its modules")
-        FAMILIES[name] = Family(name, compose, min_frames, chance, blind)
-        return compose
-
-    return enter
+    ValueError for a name that is taken, and for an ask about a slot that dense captions do not say:
+    it would never be scored.
+    """
+    for name, form in family.forms.items():
+        said = {slot: slot for slot in slots_of(form.dense)}
+        for ask in form.asks:
+            try:
+                _fill(ask.values, said)
+            except KeyError as error:
+                raise ValueError(f"{family.name}.{name}: {ask.score} asks about {error}") from error
+    if family.name in FAMILIES:
+        raise ValueError(f"family {family.name!r} is defined twice: rename one of its modules")
+    FAMILIES[family.name] = family
 
 
 def is_held_out(colour: str, shape: str, verb: int) -> bool:
-    """Whether a colour x shape x verb triple is kept for the `combo` split (one in eight).
+    """Whether a colour x shape x verb triple is kept for the `combo` split (one in nine).
 
     Every colour, shape, verb and every pair of them still occurs in training.
     """
-    return (COLOURS.index(colour) + 2 * SHAPES.index(shape) + 4 * verb) % 9 == 4
+    number = (*SHAPES, *BIG_CANVAS_SHAPES).index(shape)
+    return (COLOURS.index(colour) + 2 * number + 4 * verb) % 9 == 4
 
 
 def draw_look(
@@ -106,32 +214,39 @@ def draw_look(
     verb: int,
     *,
     taken: Sequence[str] = (),
-    shapes: Sequence[str] = SHAPES,
+    shapes: Sequence[str] | None = None,
 ) -> tuple[str, str]:
     """Colour (not one of `taken`) and shape of a subject, on the split's side of the hold-out.
 
-    In `combo` it is the first subject (nothing taken) whose triple is a held-out one.
+    `shapes` are those of the canvas by default. In `combo` it is the first subject (nothing taken)
+    whose triple is a held-out one.
     """
-    colours = [c for c in COLOURS if c not in taken]
-    while True:
-        colour = colours[rng.integers(len(colours))]
-        shape = shapes[rng.integers(len(shapes))]
-        if canvas.split == "combo" and taken:
-            return colour, shape
-        if is_held_out(colour, shape, verb) == (canvas.split == "combo"):
-            return colour, shape
+    is_free = canvas.split == "combo" and bool(taken)
+    looks = _looks(verb, canvas.split == "combo", tuple(shapes or canvas.shapes), is_free)
+    looks = [look for look in looks if look[0] not in taken]
+    if not looks:
+        raise ValueError(f"no colour and shape of {shapes} is held out for verb {verb}")
+    return looks[int(rng.integers(len(looks)))]
+
+
+@cache
+def _looks(
+    verb: int, is_combo: bool, shapes: tuple[str, ...], is_free: bool
+) -> list[tuple[str, str]]:
+    """Colours and shapes on one side of the hold-out, or on both where that does not matter."""
+    every = [(colour, shape) for colour in COLOURS for shape in shapes]
+    return [look for look in every if is_free or is_held_out(*look, verb) == is_combo]
+
+
+def pick(rng: np.random.Generator, values: Sequence[str]) -> str:
+    """One of some words."""
+    return values[int(rng.integers(len(values)))]
 
 
 def margins(entity_shape: str, radius: float, gap: float = 0.5) -> tuple[float, float, float]:
     """Least distances (side, top, bottom) of a centre from the frame so that nothing is cut off."""
     side, up, down = EXTENTS[entity_shape]
     return side * radius + gap, up * radius + gap, down * radius + gap
-
-
-def fixed_shot(rng: np.random.Generator, canvas: Canvas) -> tuple[Shot, ...]:
-    """One shot, camera at rest on the world's origin."""
-    x, y = canvas.centre
-    return (Shot(0, x, y, background=int(rng.integers(2**31))),)
 
 
 def still(x: float, y: float) -> tuple[Segment, ...]:
