@@ -22,7 +22,8 @@ from rich.table import Table
 
 # Two processes of one thread beat one process of two: small kernels do not fill two threads.
 RANKS = ("--nproc", "2")
-WORLD = ("--frames", "9", "--size", "16x16")
+FAMILIES = "move,count,leftright,occlusion,collide,camera"
+WORLD = ("--families", FAMILIES, "--frames", "9", "--size", "16x16")
 PROMPTS = (
     "a red circle moves left",
     "a blue square moves up",
@@ -32,7 +33,7 @@ PROMPTS = (
 # What a small model can learn in minutes; the VAE sees all families.
 LEARNED = "family in ('move', 'leftright')"
 # Scores whose interval must clear what a clip reaches that ignores just this word.
-PLACE_AND_MOTION = (("move", "direction"), ("leftright", "left_right"))
+PLACE_AND_MOTION = (("move", "direction"), ("leftright", "relation"))
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def phases(out: Path, clips: Path | None) -> list[Phase]:
         ("sample", ("sample", f"{dit}", *PROMPTS, "--out", f"{out}/samples")),
         (
             "evaluate",
-            ("evaluate", f"{dit}", "--world", f"{world}/val", "--out", f"{scores(out)}")
-            + ("--families", "move,leftright", "--prompts", "128"),
+            ("evaluate", f"{dit}", "--out", f"{scores(out)}", "--families", "move,leftright")
+            + ("--prompts", "128", "--splits", "val", "--tasks", "t2v", "--weights", "ema"),
         ),
         ("report", ("report", f"{dit}", "--vae-run", f"{vae}", "--out", f"{out}/report.html")),
     ]

@@ -1,4 +1,4 @@
-"""Sub-commands on runs: train, encode, sample, evaluate, export, report."""
+"""Sub-commands on runs: train, encode, sample, export, report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from longtake.launch.torchrun import EXIT_FAILED, Launch, run_torchrun
 def inference_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """Arguments of the commands that run a model."""
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    device_arguments(parser, batch_size)
+
+
+def device_arguments(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """How a model is run."""
     parser.add_argument("--batch-size", type=positive, default=batch_size)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--vae-run", type=Path, help="VAE run (default: the one the run names)")
@@ -157,50 +162,6 @@ def run_sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `longtake evaluate`."""
-    parser.add_argument("run", type=Path, help="run folder or checkpoint of a DiT")
-    parser.add_argument("--world", type=Path, required=True, help="world shards with truth")
-    parser.add_argument("--families", type=names, help="(default: all in the shards)")
-    parser.add_argument("--split", help="val | combo | ood (default: whatever the shards hold)")
-    parser.add_argument("--prompts", type=positive, default=64, help="prompts per family")
-    parser.add_argument("--captions", help="caption kind (default: the run's most used)")
-    parser.add_argument("--task", choices=("t2v", "i2v"), default="t2v")
-    parser.add_argument("--show", type=int, default=4, help="clips per family kept as mp4")
-    parser.add_argument("--out", type=Path, help="folder (default: RUN/evaluation/SPLIT-TASK-…)")
-    sampler_arguments(parser)
-    inference_arguments(parser, batch_size=32)
-
-
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Draw from a run, score, print the table, write card.json."""
-    from longtake.train.card import print_card
-    from longtake.train.evaluate import EvaluateOptions, evaluate_run
-
-    options = EvaluateOptions(
-        families=args.families,
-        split=args.split,
-        num_prompts=args.prompts,
-        caption_kind=args.captions,
-        task=args.task,
-        num_shown=args.show,
-        seed=args.seed,
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        shift=args.shift,
-        batch_size=args.batch_size,
-    )
-    result = evaluate_run(
-        *(args.run, args.world, options, args.out),
-        weights=args.weights,
-        vae=args.vae_run,
-        device=args.device,
-    )
-    print_card(result.card)
-    print(result.folder / "card.json")
-    return 0
-
-
 def export_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `longtake export`."""
     parser.add_argument("run", type=Path, help="run folder or checkpoint of a DiT")
@@ -258,7 +219,6 @@ COMMANDS = (
         trailing="overrides",
     ),
     Command("sample", "draw videos for prompts", sample_arguments, run_sample, trailing="prompts"),
-    Command("evaluate", "score a run on world prompts", evaluate_arguments, run_evaluate),
     Command("export", "write a stock diffusers pipeline", export_arguments, run_export),
     Command("report", "write report.html and its picture", report_arguments, run_report),
 )

@@ -76,8 +76,13 @@ def run_torchrun(launch: Launch, overrides: Sequence[str], run_folder: Path) -> 
     torchrun itself exits 1 whatever a worker returned, so a run that saved and left on a signal
     would look failed to a scheduler.
     """
-    command = torchrun_argv(launch, overrides)
     stale = preemption_stamp(run_folder)
+    code = _wait(torchrun_argv(launch, overrides))
+    return exit_code(code, run_folder, stale)
+
+
+def _wait(command: Sequence[str]) -> int:
+    """Run a command under torchrun's environment to its end, passing signals on; its exit code."""
     with subprocess.Popen(command, env=torchrun_environment()) as process:
 
         def forward(number: int, frame: FrameType | None) -> None:
@@ -85,11 +90,31 @@ def run_torchrun(launch: Launch, overrides: Sequence[str], run_folder: Path) -> 
 
         before = {number: signal.signal(number, forward) for number in SIGNALS}
         try:
-            code = process.wait()
+            return process.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    return exit_code(code, run_folder, stale)
+
+
+def is_worker() -> bool:
+    """Whether this process is one of torchrun's: such a one starts no others."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def run_on_processes(num_processes: int, argv: Sequence[str]) -> int:
+    """Run `longtake ARGV` on several processes of this machine; exit code 0 or 1.
+
+    `--nproc` itself is left out: torchrun would take it for an option of its own.
+    """
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--nproc":
+            next(words)
+        elif not word.startswith("--nproc="):
+            kept.append(word)
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}")
+    code = _wait([sys.executable, *launch, "-m", "longtake.launch.cli", *kept])
+    return EXIT_FINISHED if code == 0 else EXIT_FAILED
 
 
 def exit_code(code: int, run_folder: Path, stale: int | None) -> int:

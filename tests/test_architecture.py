@@ -30,7 +30,7 @@ DOORS = {
     "hydra": ("train/main", "train/__main__", "launch/"),
     "matplotlib": ("train/report", "data/world/", "launch/stats_plot"),
     "omegaconf": ("train/config", "train/main"),  # main: the type of what Hydra hands over
-    "transformers": ("models/text", "train/export"),
+    "transformers": ("models/text", "train/export", "train/fidelity"),
     "wandb": ("train/tracking",),
     "webdataset": ("data/shards/",),
 }

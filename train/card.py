@@ -1,46 +1,59 @@
-"""The score card of a run: what it drew beside chance, truth and the ceiling of its VAE."""
+"""The score card: what was drawn beside chance, truth and the ceiling of the codec."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from longtake.data.world.families import FAMILIES
-from longtake.data.world.scorers import chance_of, wilson
-
-SCHEMA = 1
+SCHEMA = 2
 # Below this distance between ceiling and chance a normalised score would be noise divided by noise.
 MIN_ROOM = 0.1
+GATES = ("val", "combo", "videos")  # splits whose families make `card.mean`
+PAIR_FLIP, GIVEN_KEPT = "pair_flip", "given_kept"
+DRIFT = "drift@"  # and the length in trained lengths: drift@2x
 
 
 @dataclass(frozen=True)
 class ClipScores:
-    """One prompt: what was drawn, what the VAE made of the true clip, and the true clip itself.
+    """One video: scores of what was drawn, of the true clip through the codec, and of that clip.
 
-    Each maps score names to [0, 1]; the names are those that the family defines.
+    Each maps score names to [0, 1]. `ceiling` and `truth` are empty where no true clip is known.
     """
 
-    key: str
+    weights: str  # ema | raw; the program's name for videos from elsewhere
+    task: str
+    split: str
     family: str
+    key: str
     prompt: str
     drawn: dict[str, float]
     ceiling: dict[str, float]
     truth: dict[str, float]
+    chance: dict[str, float]
+    blind: dict[str, float]
+    files: dict[str, str] = field(default_factory=dict)  # what it shows -> path in the folder
 
 
 @dataclass(frozen=True)
 class Score:
     """Mean of one score over the clips of one family."""
 
+    weights: str
+    task: str
+    split: str
     family: str
     name: str
     num_clips: int
@@ -49,84 +62,112 @@ class Score:
     high: float
     chance: float  # of true clips with the captions of other clips
     blind: float  # of clips that are right in all but this: the level to beat
-    ceiling: float
-    truth: float
+    ceiling: float | None
+    truth: float | None
     normalised: float | None  # (score − chance) / (ceiling − chance); None without room between
+
+    @property
+    def is_of_prompt(self) -> bool:
+        """Whether it belongs to the family's mean: drift, minimal pairs, given frames and what any
+        caption of the family is met by (chance 1) stand beside it."""
+        is_beside = self.name in (PAIR_FLIP, GIVEN_KEPT) or self.name.startswith(DRIFT)
+        return not is_beside and self.chance < 1
 
 
 @dataclass(frozen=True)
 class FamilyScore:
-    """Means over the scores of one family; floor is chance, 0 where chance is 1."""
+    """Means over the prompt scores of one family, task, split and kind of weights."""
 
+    weights: str
+    task: str
+    split: str
     family: str
     score: float
     floor: float
-    ceiling: float
-    truth: float
+    ceiling: float | None
+    truth: float | None
     normalised: float | None
 
 
 @dataclass(frozen=True)
 class Card:
-    """`mean` is the mean of the families' normalised scores: the one number sweeps optimise."""
+    """`mean` is the one number that sweeps optimise: the mean of the normalised family scores of
+    the weights that were asked for first (EMA by default) over all tasks, on the splits that
+    gate (val and combo; videos from elsewhere). `left_out` counts what could not be scored."""
 
-    split: str
-    about: dict[str, Any]  # run, step, weights, task, seed, sampler
+    about: dict[str, Any]  # run, step, seed, sampler
     scores: tuple[Score, ...]
     families: tuple[FamilyScore, ...]
     mean: float | None
+    left_out: dict[str, int] = field(default_factory=dict)  # what to know of them -> clips
 
 
-def build_card(clips: Sequence[ClipScores], split: str, about: dict[str, Any]) -> Card:
-    """Means, intervals and normalisation; families and scores in alphabetical order."""
+def build_card(
+    clips: Sequence[ClipScores], about: Mapping[str, Any], left_out: Mapping[str, int] | None = None
+) -> Card:
+    """Means, intervals and normalisation, in the order in which the clips' groups first occur.
+
+    ValueError without a clip.
+    """
     if not clips:
-        raise ValueError("no clip was scored: the world shards hold none of the asked families")
-    scores = []
-    for family in sorted({clip.family for clip in clips}):
-        mine = [clip for clip in clips if clip.family == family]
-        for name in sorted({name for clip in mine for name in clip.truth}):
-            scores.append(_score(family, name, [clip for clip in mine if name in clip.truth]))
-    families = tuple(
-        _family(name, [score for score in scores if score.family == name])
-        for name in sorted({score.family for score in scores})
-    )
-    normalised = [family.normalised for family in families if family.normalised is not None]
-    mean = fmean(normalised) if normalised else None
-    return Card(split, about, tuple(scores), families, mean)
+        raise ValueError("no clip was scored, so there is no card")
+    groups: dict[tuple[str, str, str, str], list[ClipScores]] = {}
+    for clip in clips:
+        groups.setdefault((clip.weights, clip.task, clip.split, clip.family), []).append(clip)
+    scores, families = [], []
+    for group, mine in groups.items():
+        names = sorted({name for clip in mine for name in clip.drawn})
+        found = [
+            _score(group, name, [clip for clip in mine if name in clip.drawn]) for name in names
+        ]
+        scores += found
+        if prompt_scores := [score for score in found if score.is_of_prompt]:
+            families.append(_family(group, prompt_scores))
+    main = clips[0].weights
+    gating = [
+        family.normalised
+        for family in families
+        if family.weights == main and family.split in GATES and family.normalised is not None
+    ]
+    mean = fmean(gating) if gating else None
+    return Card(dict(about), tuple(scores), tuple(families), mean, dict(left_out or {}))
 
 
-def _score(family: str, name: str, clips: Sequence[ClipScores]) -> Score:
+def _score(group: tuple[str, str, str, str], name: str, clips: Sequence[ClipScores]) -> Score:
     drawn = fmean(clip.drawn[name] for clip in clips)
-    ceiling = fmean(clip.ceiling[name] for clip in clips)
+    ceiling = _mean(clip.ceiling.get(name) for clip in clips)
+    chance = fmean(clip.chance[name] for clip in clips)
     low, high = wilson(drawn, len(clips))
-    chance = chance_of(family, name)
-    # A score that other clips' captions meet as well asks nothing of the prompt: its floor is 0.
-    floor = 0.0 if chance >= 1 else chance
     return Score(
-        family=family,
+        *group,
         name=name,
         num_clips=len(clips),
         score=drawn,
         low=low,
         high=high,
         chance=chance,
-        blind=FAMILIES[family].blind[name],
+        blind=fmean(clip.blind[name] for clip in clips),
         ceiling=ceiling,
-        truth=fmean(clip.truth[name] for clip in clips),
-        normalised=normalise(drawn, floor, ceiling),
+        truth=_mean(clip.truth.get(name) for clip in clips),
+        normalised=normalise(drawn, chance, 1.0 if ceiling is None else ceiling),
     )
 
 
-def _family(name: str, scores: Sequence[Score]) -> FamilyScore:
-    normalised = [score.normalised for score in scores if score.normalised is not None]
+def _family(group: tuple[str, str, str, str], scores: Sequence[Score]) -> FamilyScore:
     return FamilyScore(
-        family=name,
+        *group,
         score=fmean(score.score for score in scores),
-        floor=fmean(0.0 if score.chance >= 1 else score.chance for score in scores),
-        ceiling=fmean(score.ceiling for score in scores),
-        truth=fmean(score.truth for score in scores),
-        normalised=fmean(normalised) if normalised else None,
+        floor=fmean(score.chance for score in scores),
+        ceiling=_mean(score.ceiling for score in scores),
+        truth=_mean(score.truth for score in scores),
+        normalised=_mean(s.normalised for s in scores if s.normalised is not None),
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None unless all are known."""
+    known = list(values)
+    return fmean(v for v in known if v is not None) if known and None not in known else None
 
 
 def normalise(score: float, floor: float, ceiling: float) -> float | None:
@@ -135,24 +176,36 @@ def normalise(score: float, floor: float, ceiling: float) -> float | None:
     return (score - floor) / room if room >= MIN_ROOM and math.isfinite(room) else None
 
 
+def wilson(mean: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion from n trials (Wilson 1927), 95 % by default."""
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1: an interval needs a trial")
+    middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
 def write_card(card: Card, path: Path) -> None:
-    """Write card.json atomically; `families` is WORLD.md's {family: {split, ceiling, floor}}."""
-    families = {
-        family.family: {
-            card.split: family.score,
-            "floor": family.floor,
-            "ceiling": family.ceiling,
-            "truth": family.truth,
-            "normalised": family.normalised,
-        }
-        for family in card.families
-    }
+    """Write card.json atomically.
+
+    `families` is WORLD.md's {family: {val, combo, ood, ceiling, floor}}, for the first weights and
+    the first task; `by_family` and `scores` hold everything.
+    """
+    first = card.families[0] if card.families else None
+    families: dict[str, dict[str, float | None]] = {}
+    for row in card.families:
+        if first and (row.weights, row.task) == (first.weights, first.task):
+            entry = families.setdefault(row.family, {})
+            entry[row.split] = row.score
+            for name in ("floor", "ceiling", "truth", "normalised"):
+                entry.setdefault(name, getattr(row, name))
     tree = {
         "schema": SCHEMA,
         "card": {"mean": card.mean},
-        "split": card.split,
         "families": families,
+        "by_family": [asdict(family) for family in card.families],
         "scores": [asdict(score) for score in card.scores],
+        "left_out": card.left_out,
         "about": card.about,
     }
     scratch = path.with_suffix(".json.tmp")
@@ -167,30 +220,85 @@ def read_card(path: Path) -> Card:
         if tree["schema"] != SCHEMA:
             raise ValueError(f"schema {tree['schema']}, this version reads {SCHEMA}")
         scores = tuple(Score(**score) for score in tree["scores"])
-        families = tuple(
-            FamilyScore(
-                name,
-                values[tree["split"]],
-                *(values[key] for key in ("floor", "ceiling", "truth", "normalised")),
-            )
-            for name, values in tree["families"].items()
-        )
-        return Card(tree["split"], tree["about"], scores, families, tree["card"]["mean"])
+        families = tuple(FamilyScore(**family) for family in tree["by_family"])
+        return Card(tree["about"], scores, families, tree["card"]["mean"], tree["left_out"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a score card ({error}); evaluate the run again") from error
 
 
+SCORES = pa.map_(pa.string(), pa.float64())
+ROWS = pa.schema(
+    [
+        *((name, pa.string()) for name in ("weights", "task", "split", "family", "key", "prompt")),
+        *((name, SCORES) for name in ("drawn", "ceiling", "truth", "chance", "blind")),
+        ("files", pa.map_(pa.string(), pa.string())),
+    ]
+)
+
+
+def write_rows(clips: Sequence[ClipScores], path: Path) -> None:
+    """One Parquet row per clip; scores are maps from name to value."""
+    rows = [
+        {k: list(v.items()) if isinstance(v, dict) else v for k, v in asdict(clip).items()}
+        for clip in clips
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=ROWS), path)
+
+
+def read_rows(path: Path) -> list[ClipScores]:
+    """What `write_rows` wrote."""
+    clips = []
+    for row in pq.read_table(path, schema=ROWS).to_pylist():
+        fields: dict[str, Any] = {k: dict(v) if isinstance(v, list) else v for k, v in row.items()}
+        clips.append(ClipScores(**fields))
+    return clips
+
+
+def card_row(card: Card) -> dict[str, float]:
+    """A card as a row of metrics: `card.mean`, the scores of the first weights by task, split,
+    family and name, and how many clips of a family they rest on."""
+    mine = [score for score in card.scores if score.weights == card.scores[0].weights]
+    row = {f"eval/{s.task}/{s.split}/{s.family}/{s.name}": s.score for s in mine}
+    row["eval/clips"] = float(max(score.num_clips for score in mine))
+    return row if card.mean is None else {"card.mean": card.mean, **row}
+
+
 def print_card(card: Card, console: Console | None = None) -> None:
-    """The table a person reads."""
-    # 79 columns wide: it must survive a narrow terminal and a log file.
-    title = f"{card.about.get('run', '')} · {card.split}"
+    """The table a person reads; 79 columns wide, for a narrow terminal and a log file."""
+    console = console or Console()
+    groups: dict[tuple[str, str, str], list[Score]] = {}
+    for score in card.scores:
+        groups.setdefault((score.weights, score.task, score.split), []).append(score)
+    for group, scores in groups.items():
+        title = " · ".join((str(card.about.get("run", "")), *group))
+        console.print(_table(escape(title), scores))
+    mean = "–" if card.mean is None else f"{card.mean:.3f}"
+    counted = [row for row in card.families if row.split in GATES and row.normalised is None]
+    if counted:
+        names = ", ".join(sorted({row.family for row in counted}))
+        console.print(f"not in card.mean, too little room above chance: {names}", style="yellow")
+    console.print(f"card.mean {mean}   (0: chance, 1: all that the codec lets through)")
+    for line in (
+        "chance: right clips under the captions of others; blind: right in all but this",
+        "ceiling: true clips through the codec; norm.: (drawn - chance) / (ceiling - chance)",
+    ):
+        console.print(line, style="dim", soft_wrap=True)
+    for reason, count in card.left_out.items():
+        console.print(f"{count} · {escape(reason)}", style="yellow", soft_wrap=True)
+
+
+def _table(title: str, scores: Sequence[Score]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("family", "score"):
         table.add_column(name, no_wrap=True)
     for name in ("n", "drawn", "95 %", "chance", "blind", "ceiling", "truth", "norm."):
         table.add_column(name, justify="right", no_wrap=True)
+
+    def text(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
     previous = ""
-    for score in card.scores:
+    for score in scores:
         if previous and score.family != previous:
             table.add_row()
         table.add_row(
@@ -199,19 +307,11 @@ def print_card(card: Card, console: Console | None = None) -> None:
             str(score.num_clips),
             f"[bold]{score.score:.2f}",
             f"{score.low:.2f}–{score.high:.2f}",
-            f"{score.chance:.2f}",
-            f"{score.blind:.2f}",
-            f"{score.ceiling:.2f}",
-            f"{score.truth:.2f}",
-            "–" if score.normalised is None else f"{score.normalised:.2f}",
+            text(score.chance),
+            text(score.blind),
+            text(score.ceiling),
+            text(score.truth),
+            text(score.normalised),
         )
         previous = score.family
-    console = console or Console()
-    console.print(table)
-    mean = "–" if card.mean is None else f"{card.mean:.3f}"
-    console.print(f"card.mean {mean}   (0: chance, 1: all that the VAE lets through)")
-    for line in (
-        "chance: right clips under the captions of others; blind: right in all but this",
-        "ceiling: true clips through the VAE; norm.: (drawn - chance) / (ceiling - chance)",
-    ):
-        console.print(line, style="dim", soft_wrap=True)
+    return table

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
+from longtake.models.conditioning import GIVEN_PREFIX
 from longtake.models.text import TextConfig
 from longtake.models.vae import VAE, vae_hash
 from longtake.train.runs import LoadedVAE, load_vae
@@ -24,14 +25,15 @@ KEPT_MANIFEST = "latents.json"  # copied into the run folder, so that a run outl
 class Codec:
     """Pixels (B, 3, T, H, W) in [-1, 1] ↔ normalised latents (B, C, T', H', W').
 
-    Without a VAE (codec: identity) both are the same. `loaded` says where the VAE came from.
+    Without a VAE (codec: identity) the pixels themselves are normalised: noise of unit variance
+    would drown them. `loaded` says where the VAE came from.
     """
 
     channels: int
     strides: tuple[int, int, int]
+    mean: Tensor  # (C, 1, 1, 1), or a scalar for pixels
+    std: Tensor
     vae: VAE | None = None
-    mean: Tensor | None = None  # (C, 1, 1, 1)
-    std: Tensor | None = None
     loaded: LoadedVAE | None = None
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -45,19 +47,22 @@ class Codec:
         time, rows, columns = self.strides
         return (shape[0] - 1) * time + 1, shape[1] * rows, shape[2] * columns
 
+    def given_frames(self, task: str) -> int:
+        """Pixel frames at the front that a task gives."""
+        prefix = GIVEN_PREFIX[task]
+        return self.pixel_shape((prefix, 1, 1))[0] if prefix else 0
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised posterior means."""
-        if self.vae is None or self.mean is None or self.std is None:
-            return video
-        return (self.vae.encode(video).mean - self.mean) / self.std
+        """Normalised posterior means, or pixels."""
+        latents = video if self.vae is None else self.vae.encode(video).mean
+        return (latents - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, clamped to [-1, 1]."""
-        if self.vae is None or self.mean is None or self.std is None:
-            return latents.clamp(-1, 1)
-        return self.vae.decode(latents * self.std + self.mean).clamp(-1, 1)
+        latents = latents * self.std + self.mean
+        return (latents if self.vae is None else self.vae.decode(latents)).clamp(-1, 1)
 
 
 def load_codec(
@@ -74,7 +79,10 @@ def load_codec(
     cannot be found, or the VAE is another than the one that made the latents (both hashes).
     """
     if config.codec == "identity":
-        return Codec(config.model.in_channels, (1, 1, 1))
+        mean, std = (
+            torch.tensor(value, device=device) for value in (config.pixels.mean, config.pixels.std)
+        )
+        return Codec(config.model.in_channels, (1, 1, 1), mean, std)
     manifest, where = find_manifest(config, folder)
     named = vae or (Path(config.vae_run) if config.vae_run else _named_vae(manifest, where))
     if named is None:
@@ -84,7 +92,7 @@ def load_codec(
         torch.tensor(values, device=device).view(-1, 1, 1, 1)
         for values in (manifest.mean, manifest.std)
     )
-    return Codec(manifest.z_dim, loaded.vae.strides, loaded.vae, mean, std, loaded)
+    return Codec(manifest.z_dim, loaded.vae.strides, mean, std, loaded.vae, loaded)
 
 
 def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, Path]:

@@ -28,6 +28,7 @@ from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, req
 # Keys that may differ on resume: where things lie, how they are watched, how work is split.
 FREE_KEYS = (
     *("output_dir", "resume", "vae_run", "tracking", "export", "samples", "validation"),
+    "evaluation",
     *("engine.strategy", "engine.zero_stage", "engine.offload"),
     *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
     *("train.keep_last", "train.num_threads", "train.device", "train.timeout"),

@@ -25,6 +25,7 @@ SHOWN = {  # metric -> (label, format); what else is logged is in metrics.jsonl
     "val/loss_ema": ("ema", ".4f"),
     "val/psnr": ("val PSNR", ".2f"),
     "val/psnr_ema": ("ema", ".2f"),
+    "card.mean": ("card.mean", ".3f"),
 }
 
 

@@ -25,6 +25,8 @@ from longtake.models.text import TextEncoder, Tokenizer
 from longtake.train.codec import Codec
 from longtake.train.engine import Engine
 from longtake.train.playback import to_frames
+from longtake.train.runs import LoadedDiT, RunPlace
+from longtake.train.sample import Painter
 from longtake.train.schema import DiTRun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
 
@@ -166,6 +168,13 @@ class DiTTask:
             for index, (pixels, prompt) in enumerate(zip(video, prompts, strict=True))
         ]
 
+    def painter(self, place: RunPlace) -> Painter:
+        """What draws with the weights now in the module, as `longtake sample` does."""
+        text = self.module.text or self._frozen()
+        run = LoadedDiT(place, self.config, "ema", self.module.dit, text)
+        sampler = self.config.samples.sampler
+        return Painter(run, self.codec, sampler, precision=self.config.engine.precision)
+
     def _predict(self, engine: Engine, noised: Noised, text: Sequence[Tensor]) -> Tensor:
         levels, index = noise_levels(noised.t, noised.given, self.patch_size)
         return engine(noised.noisy, noised.t, text, levels, index)
@@ -194,8 +203,9 @@ class DiTTask:
         return Noised(clean, noise, noisy, t, given)
 
     def _clean(self, batch: Batch) -> Tensor:
-        pixels = self.config.codec == "identity"
-        return (batch.stack_video() if pixels else batch.stack_latents()).to(self.device)
+        if self.config.codec == "identity":
+            return self.codec.encode(batch.stack_video().to(self.device))
+        return batch.stack_latents().to(self.device)
 
     def _draw_levels(self, samples: Sequence[PlannedSample]) -> Tensor:
         flat = torch.tensor([uniform(s.seed, "timestep") for s in samples])
@@ -241,10 +251,14 @@ class DiTTask:
         ids = self.tokenizer(captions)
         if self.config.text.kind == "bytes":
             return ids
-        if self._frozen_text is None:  # not before it is needed: with cached text it never is
-            self._frozen_text = TextEncoder(self.config.text).to(self.device)
-        embeds, lens = self._frozen_text(ids)
+        embeds, lens = self._frozen()(ids)
         return [row[: int(length)] for row, length in zip(embeds, lens, strict=True)]
+
+    def _frozen(self) -> TextEncoder:
+        """The pretrained text encoder, loaded when it is first needed: cached text needs none."""
+        if self._frozen_text is None:
+            self._frozen_text = TextEncoder(self.config.text).to(self.device)
+        return self._frozen_text
 
 
 def pad_embeddings(rows: Sequence[Tensor], length: int) -> TextInput:

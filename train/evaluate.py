@@ -1,47 +1,67 @@
-"""`longtake evaluate`: draw world prompts from a run and score them beside chance and ceiling."""
+"""`longtake evaluate RUN`: draw world prompts from a run, score them beside chance and ceiling."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.progress import Progress
-from torch import Tensor
 
-from longtake.data.catalogue import Catalogue, load_catalogue
+from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import encode_image, encode_video
-from longtake.data.randomness import derive_seed, numpy_rng
-from longtake.data.samples import parse_meta
-from longtake.data.shards import ShardReader, Span
-from longtake.data.world.scorers import score_clip
-from longtake.train.card import Card, ClipScores, build_card, write_card
+from longtake.data.world import FAMILIES
+from longtake.data.world.language import ASKING
+from longtake.models.conditioning import TASKS
+from longtake.train.card import (
+    Card,
+    ClipScores,
+    Score,
+    build_card,
+    card_row,
+    write_card,
+    write_rows,
+)
 from longtake.train.codec import Codec, load_codec
-from longtake.train.playback import Footage, read_footage, to_frames, to_pixels
-from longtake.train.run_folder import check_replaceable
-from longtake.train.runs import load_dit, pick_device
-from longtake.train.sample import Painter, check_task, noise_for, sampler_of
-from longtake.train.schema import DiTRun
+from longtake.train.config import to_tree
+from longtake.train.ranks import Ranks, single_process
+from longtake.train.run_folder import check_replaceable, replace_folder
+from longtake.train.runs import RunPlace, find_run, load_dit, read_run_config
+from longtake.train.sample import DEFAULT_FPS, Painter, check_task, sampler_of
+from longtake.train.schema import DiTRun, choice
+from longtake.train.tracking import send_evaluation
+from longtake.train.world_prompts import (
+    PromptSet,
+    Scored,
+    Scorer,
+    batches,
+    num_prompts,
+    prompts,
+    rebuild,
+    shape_for,
+)
 
-CLIPS, CARD = "clips.jsonl", "card.json"
+ROWS, CARD = "clips.parquet", "card.json"
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What to draw and score. None stands for the run's or the shards' own value."""
+    """What to draw and score. None stands for the run's own value."""
 
-    families: tuple[str, ...] | None = None
-    split: str | None = None
-    num_prompts: int = 64  # per family
-    caption_kind: str | None = None
-    task: str = "t2v"
-    num_shown: int = 4  # clips per family whose videos are kept
+    families: tuple[str, ...] | None = None  # those of the training data
+    splits: tuple[str, ...] = ("val", "combo", "ood")
+    num_prompts: int = 64  # per family and split
+    num_pairs: int | None = None  # of them in val, with a twin that differs in one word; all
+    drift: int = 1  # videos up to so many times the trained length
+    caption_kind: str | None = None  # the kind the run saw most
+    tasks: tuple[str, ...] | None = None  # those it was trained on
+    weights: tuple[str, ...] = ("ema", "raw")
+    frames: int | None = None
+    size: tuple[int, int] | None = None  # (height, width)
+    num_shown: int = 4  # clips per family, split and task whose videos are kept
     seed: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
@@ -50,19 +70,8 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
-class WorldSample:
-    """A clip of the world with the truth it was drawn from."""
-
-    key: str
-    family: str
-    prompt: str
-    truth: dict[str, Any]
-    footage: Footage
-
-
-@dataclass(frozen=True)
 class EvaluationResult:
-    """The card, and the folder that holds it with clips.jsonl and videos/."""
+    """The card, and the folder that holds it with clips.parquet and videos/."""
 
     card: Card
     folder: Path
@@ -70,198 +79,201 @@ class EvaluationResult:
 
 def evaluate_run(
     path: Path,
-    world: Path,
     options: EvaluateOptions,
     out: Path | None = None,
     *,
-    weights: str = "ema",
     vae: Path | None = None,
-    device: str = "auto",
+    ranks: Ranks | None = None,
 ) -> EvaluationResult:
-    """Draw, score and write the folder; equal arguments give equal numbers.
+    """Draw, score and write the folder; equal arguments give equal numbers at any number of ranks.
 
-    The ceiling is what the VAE makes of the same true clips. ValueError for shards without truth,
-    clips that the run cannot draw, or a task it was not trained on.
+    The ceiling is what the codec makes of the same true clips. ValueError for families, splits or
+    sizes that the run cannot draw, and for a task it was not trained on.
     """
-    run = load_dit(path, weights, pick_device(device))
-    check_task(run.config, options.task)
-    codec = load_codec(run.config, folder=run.place.folder, vae=vae, device=pick_device(device))
-    sampler = sampler_of(run.config, options.steps, options.guidance_scale, options.shift)
-    painter = Painter(run, codec, sampler, precision=run.config.engine.precision)
-    catalogue = load_catalogue(world)
-    kind = options.caption_kind or most_used_captions(run.config)
-    rows = choose_rows(catalogue, options)
-    split = rows[0]["split"] or "all"
-    name = f"{split}-{options.task}-{weights}"
-    folder = out or run.place.folder / "evaluation" / name
+    ranks = ranks or single_process()
+    # a run in progress writes checkpoints: all ranks and weights take the one that rank 0 found
+    checkpoint = ranks.broadcast(str(find_run(path).checkpoint) if ranks.is_main else "")
+    place, config, wanted, tasks = check_run(Path(checkpoint), options)
+    folder = out or place.folder / "evaluation" / "world"
     check_replaceable(folder, CARD)
-    shown = first_of_each(rows, options.num_shown)
-    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    (scratch / "videos").mkdir(parents=True)
-    scored = []
+    scratch = folder.with_name(f"{folder.name}.tmp-{ranks.broadcast(os.getpid())}")
+    (scratch / "videos").mkdir(parents=True, exist_ok=True)
     try:
-        with Progress() as progress, (scratch / CLIPS).open("w", encoding="utf-8") as file:
-            bar = progress.add_task("evaluate", total=len(rows))
-            for batch in read_batches(catalogue, rows, kind, options.batch_size):
-                drawn = draw_batch(painter, codec, batch, options)
-                for sample, frames, copy in zip(batch, drawn, rebuild(codec, batch), strict=True):
-                    clip = score(sample, frames, copy, kind)
-                    views = (frames, copy, sample.footage.frames) if sample.key in shown else ()
-                    files = keep_videos(scratch, sample, views)
-                    file.write(json.dumps({**asdict(clip), "files": files}) + "\n")
-                    scored.append(clip)
-                    progress.advance(bar)
+        rows: list[ClipScores] = []
+        scorer = Scorer(wanted.kind, wanted.seed)
+        for weights in options.weights:
+            painter = load_painter(place, config, options, weights, vae, ranks)
+            for task in tasks:
+                rows += _score_task(painter, scorer, wanted, task, weights, options, ranks, scratch)
+        rows = in_order(ranks.gather([asdict(row) for row in rows]), wanted)
         about = {
-            "run": run.place.folder.name,
-            "step": run.place.step,
-            "weights": weights,
-            "task": options.task,
-            "captions": kind,
-            "clips per family": options.num_prompts,
-            "seed": options.seed,
-            "sampler": asdict(sampler),
-            "world": catalogue.fingerprint,
+            "run": place.folder.name,
+            "step": place.step,
+            "prompts": asdict(wanted),
+            "sampler": asdict(painter.sampler),
         }
-        card = build_card(scored, split, about)
-        write_card(card, scratch / CARD)
-        replace_folder(scratch, folder)
+        num_cut = sum(ranks.gather(scorer.num_cut))
+        cut = f"prompts cut at text.max_length={config.text.max_length}, and scored all the same"
+        card = build_card(rows, about, {cut: num_cut} if num_cut else {})
+        if ranks.is_main:
+            write_rows(rows, scratch / ROWS)
+            write_card(card, scratch / CARD)
+            replace_folder(scratch, folder)
+            show_in_tracking(place, config, card)
+        ranks.barrier()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return EvaluationResult(card, folder)
 
 
+def check_run(
+    path: Path, options: EvaluateOptions
+) -> tuple[RunPlace, DiTRun, PromptSet, list[str]]:
+    """The run, its config, and what it is to be asked; ValueError for what it cannot do."""
+    place = find_run(path)
+    config = read_run_config(place)
+    if not isinstance(config, DiTRun):
+        raise ValueError(f"{path}: a run of stage={config.stage} draws no videos; give a DiT run")
+    return place, config, *resolve(config, options)
+
+
+def show_in_tracking(place: RunPlace, config: DiTRun, card: Card) -> None:
+    """Show the card in the run's W&B, where it has one."""
+    columns = tuple(Score.__dataclass_fields__)
+    rows = [[getattr(score, name) for name in columns] for score in card.scores]
+    row = {f"evaluate/{name}": value for name, value in card_row(card).items()}
+    row["step"] = place.step
+    send_evaluation(place.folder, config.tracking, to_tree(config), row, (columns, rows))
+
+
+def resolve(config: DiTRun, options: EvaluateOptions) -> tuple[PromptSet, list[str]]:
+    """The options with the run's own values put in; ValueError for what the run cannot do."""
+    for weights in options.weights:
+        choice("weights", weights, ("ema", "raw"))
+    families = options.families or trained_families(config)
+    shape = shape_for(families, config.data.buckets)
+    if options.frames is not None:
+        shape = (options.frames, *shape[1:])
+    if options.size is not None:
+        shape = (shape[0], *options.size)
+    known = [name for name in TASKS if config.tasks.get(name, 0.0) > 0]
+    for task in options.tasks or ():
+        check_task(config, task)
+    wanted = PromptSet(
+        families=families,
+        splits=options.splits,
+        num_prompts=options.num_prompts,
+        num_pairs=options.num_prompts if options.num_pairs is None else options.num_pairs,
+        drift=options.drift,
+        shape=shape,
+        fps=config.data.fps or DEFAULT_FPS,
+        kind=options.caption_kind or most_used_captions(config),
+        seed=options.seed,
+    )
+    return wanted, list(options.tasks or known)
+
+
+def trained_families(config: DiTRun) -> tuple[str, ...]:
+    """World families in the training data of a run.
+
+    ValueError when the data is no longer there, or holds none: then they must be named.
+    """
+    found: set[str] = set()
+    for dataset in config.data.train:
+        try:
+            catalogue = load_catalogue(dataset.path, dataset.catalogue).filter(dataset.where)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"data.train: {error}; name the families to ask for with --families"
+            ) from error
+        found |= set(catalogue.catalogue.table["family"].unique().to_pylist())
+    families = tuple(sorted(found & set(FAMILIES)))
+    if not families:
+        raise ValueError(
+            "data.train holds no family of the world: name some with --families, or score the run "
+            "on clips of your own with --clips"
+        )
+    return families
+
+
 def most_used_captions(config: DiTRun) -> str:
-    """The caption kind that the run saw most."""
+    """The kind of asking captions that the run saw most; short ones where it saw only others."""
     shares = config.data.train[0].captions
-    return max(shares, key=lambda kind: shares[kind])
+    return max(ASKING, key=lambda kind: (shares.get(kind, 0.0), kind == "short"))
 
 
-def choose_rows(catalogue: Catalogue, options: EvaluateOptions) -> list[dict[str, Any]]:
-    """Catalogue rows of `num_prompts` clips per family, drawn from the seed, in key order.
-
-    ValueError when a family or split is absent, or there are several splits and none was chosen.
-    """
-    rows = [row for row in catalogue.table.to_pylist() if row["family"] is not None]
-    if not rows:
-        raise ValueError(f"{catalogue.root}: no clip has a family; give shards of `longtake world`")
-    splits = sorted({row["split"] for row in rows})
-    if options.split is None and len(splits) > 1:
-        raise ValueError(f"{catalogue.root}: holds the splits {', '.join(splits)}; choose --split")
-    split = options.split or splits[0]
-    families = options.families or tuple(sorted({row["family"] for row in rows}))
-    chosen = []
-    for family in families:
-        mine = [row for row in rows if row["family"] == family and row["split"] == split]
-        if not mine:
-            raise ValueError(f"{catalogue.root}: holds no clip of family {family}, split {split}")
-        mine.sort(key=lambda row: row["key"])
-        order = numpy_rng(derive_seed(options.seed, family), "evaluate").permutation(len(mine))
-        chosen += [mine[index] for index in sorted(order[: options.num_prompts].tolist())]
-    return chosen
+def load_painter(
+    place: RunPlace,
+    config: DiTRun,
+    options: EvaluateOptions,
+    weights: str,
+    vae: Path | None,
+    ranks: Ranks,
+) -> Painter:
+    """The run's modules and sampler, ready to draw on this rank's device."""
+    run = load_dit(place.checkpoint, weights, ranks.device)
+    codec = load_codec(config, folder=place.folder, vae=vae, device=ranks.device)
+    sampler = sampler_of(config, options.steps, options.guidance_scale, options.shift)
+    return Painter(run, codec, sampler, precision=config.engine.precision)
 
 
-def first_of_each(rows: Sequence[dict[str, Any]], count: int) -> set[str]:
-    """Keys of the first `count` rows of every family."""
-    shown: dict[str, list[str]] = {}
-    for row in rows:
-        shown.setdefault(row["family"], []).append(row["key"])
-    return {key for keys in shown.values() for key in keys[:count]}
+def _score_task(
+    painter: Painter,
+    scorer: Scorer,
+    wanted: PromptSet,
+    task: str,
+    weights: str,
+    options: EvaluateOptions,
+    ranks: Ranks,
+    folder: Path,
+) -> list[ClipScores]:
+    """Rows of this rank's share of the prompts; the first of each group keep their videos."""
+    share = ranks.rank, ranks.world_size
+    items = prompts(wanted, task, painter.codec.strides[0], *share)
+    total = num_prompts(wanted, task) // ranks.world_size
+    rows = []
+    with Progress(disable=not ranks.is_main) as progress:
+        bar = progress.add_task(f"{weights} {task}", total=total)
+        for batch in batches(items, options.batch_size):
+            for scored in scorer.batch(painter, batch, task, weights):
+                clip = scored.prompt.clip
+                index = int(clip.key.rpartition("-")[2])
+                files = {}
+                if index < options.num_shown and weights == options.weights[0]:
+                    files = keep_videos(folder, scored, painter.codec)
+                rows.append(replace(scored.row, files=files))
+                progress.advance(bar)
+    return rows
 
 
-def read_batches(
-    catalogue: Catalogue, rows: Sequence[dict[str, Any]], kind: str, batch_size: int
-) -> Iterator[list[WorldSample]]:
-    """Samples in order, batched; a batch holds clips of one shape."""
-    reader = ShardReader()
-    batch: list[WorldSample] = []
-    for row in rows:
-        sample = read_sample(catalogue, row, kind, reader)
-        shape = sample.footage.frames.shape
-        if batch and (len(batch) == batch_size or batch[0].footage.frames.shape != shape):
-            yield batch
-            batch = []
-        batch.append(sample)
-    yield batch
-    reader.close()
-
-
-def read_sample(
-    catalogue: Catalogue, row: dict[str, Any], kind: str, reader: ShardReader
-) -> WorldSample:
-    """Frames, caption and truth of a row; ValueError naming it when one is missing."""
-    path, where = catalogue.root / row["shard"], f"{row['shard']}: {row['key']}"
-    payload = reader.read(path, Span(row["payload_offset"], row["payload_size"]))
-    text = reader.read(path, Span(row["meta_offset"], row["meta_size"]))
-    meta = parse_meta(row["meta_ext"], text)
-    if kind not in meta.captions:
-        raise ValueError(f"{where} has no caption {kind!r}, only {', '.join(meta.captions)}")
-    truth = meta.fields.get("truth")
-    if not isinstance(truth, dict):
-        raise ValueError(f"{where} has no truth record; give shards of `longtake world`")
-    try:
-        footage = read_footage(payload)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return WorldSample(row["key"], row["family"], meta.captions[kind], truth, footage)
-
-
-def stack(batch: Sequence[WorldSample]) -> Tensor:
-    """True clips as (B, 3, T, H, W) in [-1, 1]."""
-    return torch.stack([to_pixels(sample.footage.frames) for sample in batch])
-
-
-def draw_batch(
-    painter: Painter, codec: Codec, batch: Sequence[WorldSample], options: EvaluateOptions
-) -> list[np.ndarray]:
-    """What the run draws for the batch's prompts; noise from (seed, key) alone."""
-    shape = codec.latent_shape(*batch[0].footage.frames.shape[:3])
-    painter.run.dit.config.grid(shape[1:])
-    noise = [noise_for(derive_seed(options.seed, sample.key), shape) for sample in batch]
-    first = stack(batch)[:, :, :1] if options.task == "i2v" else None
-    video = painter.draw([sample.prompt for sample in batch], torch.stack(noise), first)
-    return [to_frames(pixels) for pixels in video]
-
-
-def rebuild(codec: Codec, batch: Sequence[WorldSample]) -> list[np.ndarray]:
-    """The true clips through the codec and back: the best that any sampler can draw."""
-    device = codec.mean.device if codec.mean is not None else "cpu"
-    video = codec.decode(codec.encode(stack(batch).to(device)))
-    return [to_frames(pixels) for pixels in video]
-
-
-def score(sample: WorldSample, drawn: np.ndarray, copy: np.ndarray, kind: str) -> ClipScores:
-    """The same scorers on what was drawn, on the reconstruction and on the truth.
-
-    Only the scores that captions of this `kind` determine.
-    """
-    asked = kind if kind in sample.truth["asked"] else None
-    return ClipScores(
-        key=sample.key,
-        family=sample.family,
-        prompt=sample.prompt,
-        drawn=score_clip(drawn, sample.truth, asked),
-        ceiling=score_clip(copy, sample.truth, asked),
-        truth=score_clip(sample.footage.frames, sample.truth, asked),
+def in_order(parts: Sequence[Sequence[dict[str, Any]]], wanted: PromptSet) -> list[ClipScores]:
+    """The rows of all ranks in the order of one: weights and tasks as drawn, then split, family
+    and key."""
+    rows = [ClipScores(**row) for part in parts for row in part]
+    groups = list(dict.fromkeys((row.weights, row.task) for row in rows))
+    return sorted(
+        rows,
+        key=lambda row: (
+            groups.index((row.weights, row.task)),
+            wanted.splits.index(row.split) if row.split in wanted.splits else len(wanted.splits),
+            wanted.families.index(row.family),
+            row.key,
+        ),
     )
 
 
-def keep_videos(folder: Path, sample: WorldSample, views: Sequence[np.ndarray]) -> dict[str, str]:
-    """Write drawn, reconstruction and truth as 4:4:4 mp4 (png for images); label → file name."""
+def keep_videos(folder: Path, scored: Scored, codec: Codec) -> dict[str, str]:
+    """Write drawn video, reconstruction and truth as 4:4:4 mp4 (png for images); label → file."""
+    clip, row = scored.prompt.clip, scored.row
+    views = {"drawn": scored.video, "VAE": rebuild(codec, scored.prompt)[0], "truth": clip.frames}
+    if codec.vae is None:
+        del views["VAE"]
     files = {}
-    for label, frames in zip(("drawn", "VAE", "truth"), views, strict=False):
+    for label, frames in views.items():
         is_image = len(frames) == 1
-        stem = sample.key.replace("/", "_")
-        name = f"videos/{stem}.{label.lower()}.{'png' if is_image else 'mp4'}"
-        data = encode_image(frames[0]) if is_image else encode_video(frames, sample.footage.fps)
+        stem = f"{row.task}-{row.family}-{row.key}-{label.lower()}"
+        name = f"videos/{stem}.{'png' if is_image else 'mp4'}"
+        data = encode_image(frames[0]) if is_image else encode_video(frames, clip.fps)
         (folder / name).write_bytes(data)
         files[label] = name
     return files
-
-
-def replace_folder(scratch: Path, folder: Path) -> None:
-    """Put a finished folder in its place; an older one goes only then."""
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(scratch, folder)
-    shutil.rmtree(old, ignore_errors=True)

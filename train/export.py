@@ -139,7 +139,7 @@ def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
     """The stock pipeline around the run's weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    assert codec.vae is not None and codec.mean is not None and codec.std is not None
+    assert codec.vae is not None
     return WanPipeline(
         tokenizer=Tokenizer(run.config.text).tokenizer,
         text_encoder=run.text.encoder,

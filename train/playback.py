@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.data.decode import decode_clip, encode_video, probe
+from longtake.data.decode import encode_video, iter_frames, probe
 
 VISIBLE = 256  # px: clips with a shorter side are enlarged up to about this
 IMAGE_FPS = 8.0  # rate of the one-frame mp4 that an image becomes
@@ -25,10 +26,8 @@ class Footage:
 
 def read_footage(data: bytes) -> Footage:
     """Every frame of an encoded clip or image. DecodeError (a ValueError) with the reason."""
-    info = probe(data)
-    rate = info.fps or IMAGE_FPS
-    times = [(index + 0.5) / rate for index in range(info.frames)]  # middles: safe to round
-    return Footage(decode_clip(data, times), rate)
+    frames = np.stack(list(iter_frames(data, 0.0, math.inf)))
+    return Footage(frames, probe(data).fps or IMAGE_FPS)
 
 
 def read_footage_file(path: Path) -> Footage:

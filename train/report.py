@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
 
-from longtake.train.card import Card, read_card
+from longtake.train.card import Card, read_card, read_rows
 from longtake.train.config import load_config
+from longtake.train.evaluate import ROWS
 from longtake.train.playback import enlarge, read_footage_file, viewing_mp4
 from longtake.train.report_curves import read_series, svg
 from longtake.train.report_page import (
@@ -36,8 +38,8 @@ PICTURE_ROWS = 6
 GAP = 8  # px between videos side by side
 LEGEND = (
     "95 %: Wilson interval. Chance: right clips under captions of others. Blind (orange): clips "
-    "right in all but this score, the level to beat. Ceiling (green): true clips through the VAE. "
-    "Normalised: (drawn − chance) / (ceiling − chance)."
+    "right in all but this score, the level to beat. Ceiling (green): true clips through the "
+    "codec. Normalised: (drawn − chance) / (ceiling − chance)."
 )
 
 
@@ -45,7 +47,7 @@ LEGEND = (
 class ShownClip:
     """A prompt of an evaluation whose videos were kept: label → file."""
 
-    family: str
+    group: str  # task · split · family
     prompt: str
     scores: dict[str, float]
     files: dict[str, Path]
@@ -75,8 +77,15 @@ def write_report(
     """
     config = load_config(run / "config.yaml")
     inside = sorted(path.parent for path in (run / "evaluation").glob("*/card.json"))
-    evaluations = [read_evaluation(folder) for folder in (*inside, *scores)]
+    evaluations, unreadable = [], []
+    for folder in inside:
+        try:
+            evaluations.append(read_evaluation(folder))
+        except ValueError as error:  # of an older version: the rest of the page stands without it
+            unreadable.append(str(error))
+    evaluations += [read_evaluation(folder) for folder in scores]
     sections = [("", facts(_facts(run, evaluations)))]
+    sections += [("", note(text)) for text in unreadable]
     for evaluation in evaluations:
         sections += _evaluation_sections(evaluation)
     for title, cards in read_sample_folders(run / "samples"):
@@ -107,32 +116,38 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def _shown_clips(folder: Path) -> list[ShownClip]:
-    clips = []
-    for line in (folder / "clips.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["files"]:
-            files = {label: folder / name for label, name in row["files"].items()}
-            clips.append(ShownClip(row["family"], row["prompt"], row["drawn"], files))
-    return clips
+    rows = read_rows(folder / ROWS) if (folder / ROWS).is_file() else []
+    return [
+        ShownClip(
+            " · ".join((row.task, row.split, row.family)),
+            row.prompt,
+            row.drawn,
+            {label: folder / name for label, name in row.files.items()},
+        )
+        for row in rows
+        if row.files
+    ]
 
 
 def _evaluation_sections(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """A table for every kind of weights, task and split, the first one open, and the videos."""
     card = evaluation.card
-    rows = [
-        ScoreRow(**{name: getattr(score, name) for name in ScoreRow.__dataclass_fields__})
-        for score in card.scores
-    ]
-    about = {**card.about, **card.about.get("sampler", {})}
-    left_out = ("run", "world", "sampler")
-    how = ", ".join(f"{key} {about[key]}" for key in about if key not in left_out)
-    table = score_table(rows) + note(LEGEND) + note(how)
-    sections = [(f"Scores · {evaluation.folder.name}", table)]
-    by_family: dict[str, list[ClipCard]] = {}
+    tables: dict[str, list[ScoreRow]] = {}
+    for score in card.scores:
+        row = ScoreRow(**{name: getattr(score, name) for name in ScoreRow.__dataclass_fields__})
+        tables.setdefault(" · ".join((score.weights, score.task, score.split)), []).append(row)
+    html = ""
+    for title, rows in tables.items():
+        table = score_table(rows)
+        html += hidden(title, table) if html else f"<h3>{escape(title)}</h3>{table}"
+    how = ", ".join(f"{key} {value}" for key, value in card.about.items() if key != "run")
+    sections = [(f"Scores · {evaluation.folder.name}", html + note(LEGEND) + note(how))]
+    groups: dict[str, list[ClipCard]] = {}
     for clip in evaluation.clips:
         card_of = ClipCard(clip.prompt, _side_by_side(clip.files), tuple(clip.files), clip.scores)
-        by_family.setdefault(clip.family, []).append(card_of)
-    html = "".join(f"<h3>{family}</h3>{clip_grid(by_family[family])}" for family in by_family)
-    return [*sections, (f"Drawn beside the truth · {card.split}", html)] if html else sections
+        groups.setdefault(clip.group, []).append(card_of)
+    html = "".join(f"<h3>{group}</h3>{clip_grid(cards)}" for group, cards in groups.items())
+    return [*sections, ("Drawn beside the truth", html)] if html else sections
 
 
 def read_sample_folders(folder: Path) -> list[tuple[str, list[ClipCard]]]:
@@ -204,16 +219,16 @@ def _curves(run: Path) -> str:
 
 def picture_rows(clips: Sequence[ShownClip]) -> list[PictureRow]:
     """The first clips of each family: not the best, so the picture shows what a user gets."""
-    families = list(dict.fromkeys(clip.family for clip in clips))
-    each = max(PICTURE_ROWS // max(len(families), 1), 1)
+    groups = list(dict.fromkeys(clip.group for clip in clips))
+    each = max(PICTURE_ROWS // max(len(groups), 1), 1)
     return [
         PictureRow(
             clip.prompt,
             read_footage_file(clip.files["drawn"]).frames,
             read_footage_file(clip.files["truth"]).frames,
         )
-        for family in families
-        for clip in [clip for clip in clips if clip.family == family][:each]
+        for group in groups
+        for clip in [clip for clip in clips if clip.group == group][:each]
     ]
 
 

@@ -77,8 +77,8 @@ class ScoreRow:
     high: float
     chance: float
     blind: float  # right in all but this score
-    ceiling: float
-    truth: float
+    ceiling: float | None  # None where no true clip is known
+    truth: float | None
     normalised: float | None  # (score − chance) / (ceiling − chance), None without room between
 
 
@@ -144,7 +144,8 @@ def score_bar(row: ScoreRow) -> str:
         'stroke-linecap="round"/>'
         f'<line x1="{x(row.low)}" x2="{x(row.high)}" y1="10" y2="10" stroke="var(--good)" '
         'stroke-opacity=".35" stroke-width="6" stroke-linecap="round"/>'
-        f"{tick(row.blind, 'floor', 'blind')}{tick(row.ceiling, 'ceiling', 'ceiling')}"
+        f"{tick(row.blind, 'floor', 'blind')}"
+        f"{'' if row.ceiling is None else tick(row.ceiling, 'ceiling', 'ceiling')}"
         f'<circle cx="{x(row.score)}" cy="10" r="5" fill="var(--good)"/></svg>'
     )
 
@@ -160,11 +161,11 @@ def score_table(rows: Sequence[ScoreRow]) -> str:
     )
     lines = []
     for row in rows:
-        normalised = "–" if row.normalised is None else f"{row.normalised:.2f}"
+        last = ("–" if v is None else f"{v:.2f}" for v in (row.ceiling, row.truth, row.normalised))
         cells = (
             *(escape(row.family), escape(row.name), str(row.num_clips), f"<b>{row.score:.2f}</b>"),
             *(f"{row.low:.2f}–{row.high:.2f}", f"{row.chance:.2f}"),
-            *(f"{row.blind:.2f}", f"{row.ceiling:.2f}", f"{row.truth:.2f}", normalised),
+            *(f"{row.blind:.2f}", *last),
         )
         inner = "".join(f"<td>{cell}</td>" for cell in cells)
         lines.append(f'<tr>{inner}<td class="bar">{score_bar(row)}</td></tr>')

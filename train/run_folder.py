@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -43,6 +44,15 @@ def check_replaceable(folder: Path, proof: str) -> None:
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free and not (folder / proof).is_file():
         raise ValueError(f"{folder}: exists and holds no {proof} to replace; name another folder")
+
+
+def replace_folder(scratch: Path, folder: Path) -> None:
+    """Put a finished folder in its place; an older one goes only then."""
+    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(scratch, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class FolderInUse(ValueError):

@@ -122,6 +122,17 @@ class DiTLossConfig:
 
 
 @dataclass(frozen=True)
+class PixelsConfig:
+    """Mean and deviation of the pixels in [-1, 1], with which codec=identity normalises them."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        require(self.std > 0, f"pixels.std={self.std} must be positive")
+
+
+@dataclass(frozen=True)
 class SamplesConfig:
     """What is drawn during training, and the defaults of `longtake sample`."""
 
@@ -138,6 +149,31 @@ class SamplesConfig:
     def sampler(self) -> SamplerConfig:
         """These settings as the sampler takes them."""
         return SamplerConfig(self.steps, self.shift, self.guidance_scale)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """World prompts drawn from the EMA weights during training, and scored (`card.mean`)."""
+
+    every: int  # optimizer steps; 0 evaluates nothing
+    families: list[str]
+    splits: list[str]
+    num_prompts: int  # per family and split
+    num_pairs: int  # of them in val, with a twin that differs in one word
+    captions: str | None  # kind; null: the one that training sees most
+    seconds: float  # budget of each evaluation; fewer prompts are drawn where it does not suffice
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"evaluation.every={self.every} must be >= 0")
+        require(self.seconds > 0, f"evaluation.seconds={self.seconds} must be > 0")
+        for name in ("num_prompts", "batch_size"):
+            require(getattr(self, name) > 0, f"evaluation.{name}={getattr(self, name)} must be > 0")
+        require(
+            not self.every or bool(self.families and self.splits),
+            f"evaluation.every={self.every} needs evaluation.families and evaluation.splits",
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +210,8 @@ class VAERun(RunConfig):
 class DiTRun(RunConfig):
     """A run of stage=dit: the diffusion transformer on latents or pixels."""
 
-    codec: str  # vae: cached latents; identity: pixels are the latents
+    codec: str  # vae: cached latents; identity: normalised pixels are the latents
+    pixels: PixelsConfig
     vae_run: str | None  # run or checkpoint of the VAE; null: the one the latents name
     model: DiTConfig
     text: TextConfig
@@ -184,6 +221,7 @@ class DiTRun(RunConfig):
     caption_dropout: float  # share of samples that see the encoding of ""
     loss: DiTLossConfig
     samples: SamplesConfig
+    evaluation: EvaluationConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,11 +42,12 @@ from longtake.train.run_folder import (
     mark,
     read_marker,
 )
-from longtake.train.runs import pick_device
+from longtake.train.runs import RunPlace, pick_device
 from longtake.train.schema import DiTRun, VAERun, require
 from longtake.train.tasks import Task, VAETask
 from longtake.train.tracking import Tracker
 from longtake.train.trainer import Training, Validation
+from longtake.train.world_evaluation import WorldEvaluation, prompts_of
 
 FRESH: dict[str, Any] = {
     "step": 0,
@@ -78,6 +79,8 @@ def check(config: VAERun | DiTRun) -> Prepared:
     plan = Plan.from_config(config.data, config.seed)
     validation = _validation(config, plan)
     _check_kinds(config, plan, validation)
+    if isinstance(config, DiTRun) and config.evaluation.every:
+        prompts_of(config)
     return Prepared(config, folder, plan, validation)
 
 
@@ -189,11 +192,21 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         tracker=tracker,
         console=console,
         signals=StopSignal(),
+        world=_world(config, task, folder, ranks),
         losses=losses,
         step=state["step"],
         samples_seen=state["samples_seen"],
         data_hash=state["data_hash"],
     )
+
+
+def _world(
+    config: VAERun | DiTRun, task: Task, folder: Path, ranks: Ranks
+) -> WorldEvaluation | None:
+    if not isinstance(task, DiTTask) or not isinstance(config, DiTRun):
+        return None
+    place = RunPlace(folder, folder, 0)
+    return WorldEvaluation(config, task, place, ranks) if config.evaluation.every else None
 
 
 def _claim(folder: Path, ranks: Ranks) -> FolderLock | None:

@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -39,9 +39,7 @@ class Tracker:
         run_id = str(record["wandb_id"])
         _write_record(run_dir, {"attempts": self.attempt, "wandb_id": run_id})
         self._file = _open_rows(run_dir / METRICS)
-        wants_wandb = config.backend == "wandb" and config.mode != "disabled"
-        self._wandb: ModuleType | None = None
-        self._run = self._start_wandb(run_id, config, tree) if wants_wandb else None
+        self._wandb, self._run = _start_wandb(run_dir, run_id, config, tree) or (None, None)
 
     def log(self, step: int, row: Mapping[str, float | str]) -> None:
         """One row of metrics.jsonl: {"step", "attempt", **row}; non-finite numbers become null."""
@@ -78,37 +76,6 @@ class Tracker:
             except Exception as error:
                 warnings.warn(f"W&B could not finish the run: {error}", stacklevel=2)
 
-    def _start_wandb(self, run_id: str, config: TrackingConfig, tree: Mapping[str, Any]) -> Any:
-        try:
-            import wandb
-
-            self._wandb = wandb
-            settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True)
-            options: dict[str, Any] = {
-                "project": config.project,
-                "entity": config.entity,
-                "name": config.name or self.run_dir.name,
-                "tags": config.tags,
-                "id": run_id,
-                "dir": str(self.run_dir),
-                "config": redact(tree),
-                "settings": settings,
-            }
-            if config.mode == "online":
-                try:
-                    run = wandb.init(mode="online", resume="allow", **options)
-                except wandb.Error as error:
-                    warnings.warn(f"W&B is not reachable ({error}); kept offline", stacklevel=2)
-                    run = wandb.init(mode="offline", **options)
-            else:
-                run = wandb.init(mode="offline", **options)
-            run.define_metric("step")
-            run.define_metric("*", step_metric="step")
-        except Exception as error:
-            warnings.warn(f"W&B is off, metrics.jsonl goes on: {error}", stacklevel=2)
-            return None
-        return run
-
     def _send(self, row: Mapping[str, Any]) -> None:
         if self._run is None:
             return
@@ -117,6 +84,64 @@ class Tracker:
         except Exception as error:
             warnings.warn(f"W&B is off from here, metrics.jsonl goes on: {error}", stacklevel=2)
             self._run = None
+
+
+def _start_wandb(
+    run_dir: Path, run_id: str, config: TrackingConfig, tree: Mapping[str, Any]
+) -> tuple[ModuleType, Any] | None:
+    """The wandb module and its run, online or kept offline; None, with a warning, for neither."""
+    if config.backend != "wandb" or config.mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        options: dict[str, Any] = {
+            "project": config.project,
+            "entity": config.entity,
+            "name": config.name or run_dir.name,
+            "tags": config.tags,
+            "id": run_id,
+            "dir": str(run_dir),
+            "config": redact(tree),
+            "settings": wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True),
+        }
+        if config.mode == "online":
+            try:
+                run = wandb.init(mode="online", resume="allow", **options)
+            except wandb.Error as error:
+                warnings.warn(f"W&B is not reachable ({error}); kept offline", stacklevel=2)
+                run = wandb.init(mode="offline", **options)
+        else:
+            run = wandb.init(mode="offline", **options)
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+    except Exception as error:
+        warnings.warn(f"W&B is off: {error}", stacklevel=2)
+        return None
+    return wandb, run
+
+
+def send_evaluation(
+    run_dir: Path,
+    config: TrackingConfig,
+    tree: Mapping[str, Any],
+    row: Mapping[str, Any],
+    table: tuple[Sequence[str], Sequence[Sequence[Any]]],
+) -> None:
+    """Show a finished evaluation in the W&B run of `run_dir`: a row with its step, and a table
+    (columns, rows). Nothing where the run is not tracked there."""
+    started = _start_wandb(run_dir, str(_read_record(run_dir)["wandb_id"]), config, tree)
+    if started is None:
+        return
+    wandb, run = started
+    try:
+        columns, rows = table
+        shown = wandb.Table(columns=list(columns), data=[list(values) for values in rows])
+        run.log({**row, "evaluation": shown})
+    except Exception as error:
+        warnings.warn(f"W&B could not take the evaluation: {error}", stacklevel=2)
+    finally:
+        run.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

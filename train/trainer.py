@@ -11,6 +11,7 @@ from longtake.data.loader import Batch, Loader, chain_digests, read_batches
 from longtake.data.plan import Exclusion, Plan
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
+from longtake.train.card import card_row
 from longtake.train.config import to_tree
 from longtake.train.console import RunConsole
 from longtake.train.ema import Ema
@@ -23,6 +24,7 @@ from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES,
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Drawing, Means, Task
 from longtake.train.tracking import Tracker
+from longtake.train.world_evaluation import WorldEvaluation
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Training:
     tracker: Tracker | None
     console: RunConsole
     signals: StopSignal
+    world: WorldEvaluation | None
     losses: WeightedMean  # since the last log row
     step: int
     samples_seen: int
@@ -99,6 +102,11 @@ class Training:
     def _load_from(self, step: int) -> Iterator[list[Batch]]:
         bad = self.quarantine.exclusions
         return iter(Loader(self.plan, self.slots, start_step=step, exclusions=bad))
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between world evaluations; 0 without one."""
+        return self.config.evaluation.every if isinstance(self.config, DiTRun) else 0
 
     def load(self) -> list[Batch]:
         """This rank's batches of the present step."""
@@ -168,6 +176,13 @@ class Training:
             files = write_drawings(self.folder / SAMPLES / f"step-{self.step:08d}", drawings)
             self.tracker.log_videos(self.step, files)
 
+    def evaluate(self) -> None:
+        """Draw and score world prompts with the EMA weights; a row of `card.mean` and `eval/…`."""
+        if self.world is not None:
+            with self.ema.swapped(self.engine):
+                card = self.world.run()
+            self.log(card_row(card))
+
     def save(self) -> None:
         """Write a checkpoint; all ranks together."""
         state = {
@@ -227,6 +242,8 @@ def train(run: Training) -> bool:
                     run.validate()
                 if is_due(step, config.sample_every, is_last):
                     run.draw()
+                if is_due(step, run.evaluate_every, is_last) and not stop:
+                    run.evaluate()
                 if stop or (step > 0 and is_due(step, config.checkpoint_every, is_last)):
                     run.save()
         if is_last or stop:

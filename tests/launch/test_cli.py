@@ -116,3 +116,29 @@ def test_exit_code_follows_the_marker(tmp_path: Path) -> None:
     assert exit_code(1, tmp_path, None) == 75
     # The same marker was there before the start: this attempt did not write it.
     assert exit_code(1, tmp_path, preemption_stamp(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate"], "takes a run, or --videos"),
+        (["evaluate", "run", "--videos", "v"], "takes a run, or --videos"),
+        (["evaluate", "--videos", "v", "--nproc", "2"], "--nproc means nothing with --videos"),
+        (["evaluate", "run", "--clips", "c", "--splits", "val"], "--splits means nothing"),
+        (["evaluate", "run", "--where", "x"], "--where means nothing on the world"),
+        (["evaluate", "run", "--show", "-1"], "--show -1"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_are_not_abbreviated() -> None:
+    """`--npr 2` would survive into the copies that `--nproc 2` starts."""
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "run", "--npr", "2"])
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "run", "--families", "move,move"])

@@ -1,130 +1,186 @@
-"""The card: means, intervals and normalisation are right, equal arguments give equal numbers."""
+"""Evaluating a run: what is asked, equal numbers for equal arguments, ceilings, mistakes."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from longtake.data.catalogue import build_catalogue
-from longtake.train.card import (
-    ClipScores,
-    build_card,
-    normalise,
-    print_card,
-    read_card,
-    write_card,
-)
-from longtake.train.evaluate import EvaluateOptions, choose_rows, evaluate_run
+from longtake.data.world import make_clip
+from longtake.data.world.given import continuation, given_kept, position_error, score_given
+from longtake.train.card import read_rows
+from longtake.train.evaluate import EvaluateOptions, evaluate_run, resolve
 from longtake.train.playback import read_footage_file
+from longtake.train.ranks import Ranks
+from longtake.train.runs import find_run, read_run_config
+from longtake.train.world_prompts import PromptSet, batches, prompts, score
 
 from .conftest import Road
-from .small_runs import FAMILIES, write_dit_run, write_world
+from .forked import run_ranks
+from .small_runs import FAMILIES, write_dit_run
 
-OPTIONS = EvaluateOptions(num_prompts=3, num_shown=1, batch_size=4)
-
-
-def clip(family: str, drawn: float, ceiling: float = 1.0) -> ClipScores:
-    names = {"move": "direction", "count": "count_constancy"}
-    score = names[family]
-    return ClipScores("k", family, "p", {score: drawn}, {score: ceiling}, {score: 1.0})
+OPTIONS = EvaluateOptions(
+    splits=("val",), num_prompts=3, num_pairs=0, num_shown=1, batch_size=4, weights=("ema",)
+)
+WANTED = PromptSet(FAMILIES, ("val", "ood"), 3, (5, 16, 16), 8.0, num_pairs=2, drift=3)
 
 
-def test_means_and_normalisation() -> None:
-    clips = [clip("move", value) for value in (1.0, 1.0, 1.0, 0.0)]
-    card = build_card([*clips, clip("count", 0.4)], "val", {})
-    direction = next(s for s in card.scores if s.name == "direction")
-    assert direction.score == 0.75 and direction.num_clips == 4
-    assert direction.low < 0.75 < direction.high
-    assert direction.low == pytest.approx(0.3006, abs=1e-3)  # Wilson 1927, 3 of 4
-    assert direction.normalised == pytest.approx((0.75 - 0.25) / 0.75)
-    # Constancy does not ask anything of the prompt: other clips' captions meet it too.
-    constancy = next(s for s in card.scores if s.name == "count_constancy")
-    assert (constancy.chance, constancy.normalised) == (1.0, pytest.approx(0.4))
-    assert card.mean == pytest.approx((2 / 3 + 0.4) / 2)
+def test_prompts_are_a_fixed_list_that_ranks_share() -> None:
+    every = list(prompts(WANTED, "t2v", 4))
+    names = [(p.clip.split, p.clip.family, p.clip.key, p.factor, p.twin is not None) for p in every]
+    assert len(set(names)) == len(names) == 2 * 3 * 2 + 2 * 3 * 2
+    shared = [list(prompts(WANTED, "t2v", 4, rank, 2)) for rank in range(2)]
+    mixed = [p for pair in zip(*shared, strict=True) for p in pair]
+    assert [p.clip.key for p in mixed] == [p.clip.key for p in every]
+    assert sum(p.twin is not None for p in every) == 2 * len(FAMILIES)
+    assert {len(p.clip.frames) for p in every} == {5, 9, 13}
+    assert not any(p.twin or p.factor > 1 for p in prompts(WANTED, "i2v", 4))
+    sizes = {sum(len(p.clips) for p in batch) for batch in batches(every, 4)}
+    assert max(sizes) <= 4
+    assert all(len({p.clip.frames.shape for p in b}) == 1 for b in batches(every, 4))
 
 
-def test_no_room_is_no_number() -> None:
-    assert normalise(0.2, 0.25, 0.3) is None
-    assert normalise(0.0, 0.25, 1.0) == pytest.approx(-1 / 3)
-    card = build_card([clip("move", 0.3, ceiling=0.3)], "val", {})
-    assert card.mean is None and card.families[0].normalised is None
-    with pytest.raises(ValueError, match="no clip"):
-        build_card([], "val", {})
+def test_truth_scores_one_and_a_wrong_twin_flips_nothing() -> None:
+    for prompt in prompts(WANTED, "t2v", 4):
+        true = [clip.frames for clip in prompt.clips]
+        assert set(score(prompt, true, "short", []).values()) == {1.0}
+        if prompt.twin is not None:
+            same = score(prompt, [true[0], true[0]], "short", [])
+            assert same["pair_flip"] == 0.0 and len(same) > 1
+        if prompt.factor > 1:
+            gone = true[0].copy()
+            gone[-5:] = 150
+            (kept,) = score(prompt, [gone], "short", []).values()
+            assert kept == 0.0
 
 
-def test_card_survives_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    card = build_card([clip("move", 1.0), clip("count", 0.5)], "val", {"run": "r"})
-    write_card(card, tmp_path / "card.json")
-    assert read_card(tmp_path / "card.json") == card
-    tree = json.loads((tmp_path / "card.json").read_text())
-    assert {"val", "floor", "ceiling"} <= set(tree["families"]["move"])
-    assert tree["card"]["mean"] == card.mean
-    print_card(card)
-    assert "direction" in capsys.readouterr().out
-    (tmp_path / "card.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="schema 99"):
-        read_card(tmp_path / "card.json")
+def test_what_is_given_must_be_kept_and_go_on_as_in_truth() -> None:
+    clips = [make_clip(3, "val", i, families=["move"], frames=17) for i in range(24)]
+    given = [0, 1, 2, 3, 4]
+    rng = np.random.default_rng(0)
+    for clip, other in pairwise(clips):
+        true = clip.frames
+        noisy = (true + rng.normal(0, 8, true.shape)).round().clip(0, 255).astype(np.uint8)
+        late = np.concatenate([true[:1], true[:-1]])
+        for frames in (true, noisy, late):
+            assert score_given(frames, true, given) == {"given_kept": 1.0, "continuation": 1.0}
+        assert score_given(other.frames, true, [0]) == {"given_kept": 0.0}
+        elsewhere = np.concatenate([true[:5], np.roll(true[5:], 16, axis=2)])
+        assert given_kept(elsewhere, true, given) == 1.0
+        assert continuation(elsewhere, true, given) == 0.0
+        assert position_error(elsewhere, true, given) > 5
+        empty = np.concatenate([true[:5], np.full_like(true[5:], 150)])
+        assert continuation(empty, true, given) == 0.0
+    assert score_given(clips[0].frames, clips[0].frames, []) == {}
 
 
 def test_a_run_is_scored_alike_twice(road: Road, tmp_path: Path) -> None:
-    first = evaluate_run(road.dit, road.val, OPTIONS, tmp_path / "a", device="cpu")
-    second = evaluate_run(road.dit, road.val, OPTIONS, tmp_path / "b", device="cpu")
+    options = replace(OPTIONS, num_pairs=1, splits=("val", "ood"), drift=2, weights=("ema", "raw"))
+    first = evaluate_run(road.dit, options, tmp_path / "a")
+    second = evaluate_run(road.dit, options, tmp_path / "b")
     assert first.card == second.card
-    rows = [json.loads(x) for x in (first.folder / "clips.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and {row["family"] for row in rows} == set(FAMILIES)
-    assert all(value >= 0.99 for row in rows for value in row["truth"].values())
-    shown = [row for row in rows if row["files"]]
-    assert len(shown) == 2
-    for name in shown[0]["files"].values():
+    assert {(s.weights, s.split) for s in first.card.scores} == {
+        (w, s) for w in ("ema", "raw") for s in ("val", "ood")
+    }
+    assert {"pair_flip", "drift@1x", "drift@2x", "given_kept"} <= {
+        s.name for s in first.card.scores
+    }
+    assert {s.task for s in first.card.scores} == {"t2v", "i2v"}  # what the run was trained on
+    rows = read_rows(first.folder / "clips.parquet")
+    assert {row.family for row in rows} == set(FAMILIES)
+    assert all(value == 1 for row in rows for value in row.truth.values())
+    assert all(row.truth.keys() == row.drawn.keys() == row.ceiling.keys() for row in rows)
+    shown = [row for row in rows if row.files]
+    assert {row.weights for row in shown} == {"ema"}
+    for name in shown[0].files.values():
         assert read_footage_file(first.folder / name).frames.shape == (5, 16, 16, 3)
-    other = evaluate_run(
-        road.dit, road.val, EvaluateOptions(num_prompts=3, seed=7), tmp_path / "c", device="cpu"
-    )
-    assert other.card.about["seed"] == 7
+    other = evaluate_run(road.dit, replace(OPTIONS, seed=7), tmp_path / "c")
+    assert other.card.about["prompts"]["seed"] == 7
+    assert json.loads((other.folder / "card.json").read_text())["families"]["move"]["val"] >= 0
+
+
+def evaluate_on(ranks: Ranks, run: str, options: EvaluateOptions, out: str) -> None:
+    evaluate_run(Path(run), options, Path(out), ranks=ranks)
+
+
+@pytest.mark.dist
+def test_two_ranks_score_what_one_does(road: Road, tmp_path: Path) -> None:
+    options = replace(OPTIONS, num_pairs=2, num_prompts=4)
+    alone = evaluate_run(road.dit, options, tmp_path / "alone")
+    run_ranks(2, evaluate_on, str(road.dit), options, str(tmp_path / "two"))
+    rows = [read_rows(tmp_path / name / "clips.parquet") for name in ("alone", "two")]
+    assert rows[0] == rows[1] and len(rows[0]) == alone.card.scores[0].num_clips * 2 * 2
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_identity_has_truth_for_a_ceiling(road: Road, tmp_path: Path) -> None:
     sizes = ("codec=identity", "model.in_channels=3", "model.out_channels=3")
     run = write_dit_run(tmp_path / "dit", road.pixels, *sizes, "model.patch_size=[1,4,4]")
-    result = evaluate_run(run, road.val, OPTIONS, device="cpu")
-    assert result.folder == run / "evaluation" / "val-t2v-ema"
-    for score in result.card.scores:
-        assert score.ceiling == pytest.approx(score.truth)
+    result = evaluate_run(run, OPTIONS)
+    assert result.folder == run / "evaluation" / "world"
+    for entry in result.card.scores:
+        assert entry.ceiling == pytest.approx(entry.truth)
 
 
 def test_i2v_starts_from_the_true_frame(road: Road, tmp_path: Path) -> None:
-    options = EvaluateOptions(num_prompts=1, num_shown=1, task="i2v")
-    result = evaluate_run(road.dit, road.val, options, tmp_path / "i2v", device="cpu")
-    row = json.loads((result.folder / "clips.jsonl").read_text().splitlines()[0])
+    result = evaluate_run(road.dit, replace(OPTIONS, tasks=("i2v",)), tmp_path / "i2v")
+    row = next(row for row in read_rows(result.folder / "clips.parquet") if row.files)
     frames = {
         label: read_footage_file(result.folder / name).frames[0].astype(int)
-        for label, name in row["files"].items()
+        for label, name in row.files.items()
     }
     assert abs(frames["drawn"] - frames["VAE"]).mean() < 4  # both are the frame through the VAE
+    assert row.drawn["given_kept"] == row.ceiling["given_kept"]
 
 
-def test_mistakes_are_named(road: Road, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="family candle"):
-        evaluate_run(road.dit, road.val, EvaluateOptions(families=("candle",)), device="cpu")
-    with pytest.raises(ValueError, match="split ood"):
-        evaluate_run(road.dit, road.val, EvaluateOptions(split="ood"), device="cpu")
-    with pytest.raises(ValueError, match="no such folder"):
-        evaluate_run(road.dit, tmp_path / "absent", OPTIONS, device="cpu")
-    with pytest.raises(ValueError, match="poetic"):
-        options = EvaluateOptions(caption_kind="poetic")
-        evaluate_run(road.dit, road.val, options, tmp_path / "x", device="cpu")
+def test_the_run_says_what_is_asked_by_default(road: Road) -> None:
+    config = read_run_config(find_run(road.dit))
+    wanted, tasks = resolve(config, EvaluateOptions())  # pyright: ignore[reportArgumentType]
+    assert wanted.families == tuple(sorted(FAMILIES)) and wanted.shape == (5, 16, 16)
+    assert wanted.kind == "short" and tasks == ["t2v", "i2v"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"families": ("candel",)}, "candel.* is unknown"),
+        ({"splits": ("test",)}, "split='test' must be one of"),
+        ({"caption_kind": "poetic"}, "poetic.*dense"),
+        ({"caption_kind": "vague"}, "captions vague"),
+        ({"weights": ("ema", "best")}, "weights=best"),
+        ({"tasks": ("join",)}, "task join"),
+        ({"num_prompts": 0}, "prompts=0"),
+        ({"families": ("occlusion",), "frames": 1}, "occlusion .frames >= 8"),
+    ],
+)
+def test_mistakes_are_named(road: Road, tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(road.dit, replace(OPTIONS, **changes), tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
-def test_two_splits_need_a_choice(tmp_path: Path) -> None:
-    import shutil
+def test_what_is_no_dit_run_is_refused(road: Road, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        evaluate_run(tmp_path / "absent", OPTIONS)
+    with pytest.raises(ValueError, match="stage=vae draws no videos"):
+        evaluate_run(road.vae, OPTIONS)
 
-    train = write_world(tmp_path / "all", num_clips=4)
-    val = write_world(tmp_path / "val", split="val", num_clips=4)
-    for index, shard in enumerate(sorted(val.glob("*.tar"))):
-        shutil.copy(shard, train / f"val-{index}.tar")
-    catalogue = build_catalogue(train, num_workers=1, progress=False)
-    with pytest.raises(ValueError, match="choose --split"):
-        choose_rows(catalogue, OPTIONS)
-    rows = choose_rows(catalogue, EvaluateOptions(split="val", num_prompts=1))
-    assert [row["split"] for row in rows] == ["val", "val"]
+
+@pytest.mark.dist
+def test_the_command_shares_the_work(road: Road, tmp_path: Path) -> None:
+    """A real call on two processes; a mistake is one line, told before they start."""
+    command = [sys.executable, "-m", "longtake.launch.cli", "evaluate", str(road.dit)]
+    few = ["--prompts", "2", "--pairs", "0", "--splits", "val", "--weights", "ema", "--show", "0"]
+    both = ["--nproc", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+    run = subprocess.run([*command, *few, *both], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "card.mean" in run.stdout
+    assert len(read_rows(tmp_path / "out" / "clips.parquet")) == 2 * 2 * 2
+    wrong = [*command, "--families", "candel", "--nproc=2"]
+    run = subprocess.run(wrong, capture_output=True, text=True)
+    assert run.returncode == 1 and "candel" in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

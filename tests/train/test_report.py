@@ -1,6 +1,5 @@
 """The report stands alone, shows what was drawn, and its picture is small enough for a README."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from longtake.data.decode import probe
+from longtake.train.card import read_rows
 from longtake.train.evaluate import EvaluateOptions, evaluate_run
 from longtake.train.playback import enlarge, read_footage_file, to_frames, to_pixels, viewing_mp4
 from longtake.train.report import write_report
@@ -25,8 +25,10 @@ from .small_runs import write_metrics
 def run(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "dit"
     shutil.copytree(road.dit, folder)
-    options = EvaluateOptions(num_prompts=2, num_shown=2)
-    evaluate_run(folder, road.val, options, device="cpu")
+    options = EvaluateOptions(
+        splits=("val",), tasks=("t2v",), num_prompts=2, num_pairs=1, num_shown=2
+    )
+    evaluate_run(folder, options)
     sample_to_files(folder, SampleRequest(["a <b>red</b> circle"]), device="cpu")
     return folder
 
@@ -40,8 +42,20 @@ def test_the_page_stands_alone(run: Path, road: Road) -> None:
     assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"|http://www.w3.org[^"]*', "", html)
     assert html.count("<video") == 4 + 1  # four clips (drawn, VAE, truth in one), one sample
     assert "a &lt;b&gt;red&lt;/b&gt; circle" in html
-    assert "left_right" in html and "card.mean" in html and "hidden_size" in html
+    assert "relation" in html and "pair_flip" in html and "raw · t2v · val" in html
+    assert "card.mean" in html and "hidden_size" in html
     assert picture.stat().st_size < MAX_BYTES
+
+
+def test_a_card_of_an_older_version_is_passed_over(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dit"
+    shutil.copytree(run, folder)
+    (folder / "evaluation" / "old").mkdir()
+    (folder / "evaluation" / "old" / "card.json").write_text('{"schema": 1}')
+    html = write_report(folder)[0].read_text()
+    assert "schema 1" in html and "pair_flip" in html
+    with pytest.raises(ValueError, match="schema 1"):
+        write_report(folder, scores=[folder / "evaluation" / "old"])
 
 
 def test_a_run_without_evaluation_has_a_page(road: Road, tmp_path: Path) -> None:
@@ -116,8 +130,9 @@ def test_the_picture_fits_whatever_it_shows(tmp_path: Path) -> None:
 def test_a_damaged_video_is_named(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dit"
     shutil.copytree(run, folder)
-    row = json.loads((folder / "evaluation/val-t2v-ema/clips.jsonl").read_text().splitlines()[0])
-    broken = folder / "evaluation/val-t2v-ema" / row["files"]["drawn"]
+    world = folder / "evaluation/world"
+    row = next(row for row in read_rows(world / "clips.parquet") if row.files)
+    broken = world / row.files["drawn"]
     broken.write_bytes(broken.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"drawn\.mp4"):
         write_report(folder)

@@ -5,43 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from longtake.data.world import write_world
-from longtake.train.evaluate import EvaluateOptions, evaluate_run
 from longtake.train.run_folder import read_marker
+from tests.train.learning import TORCHRUN, card_of, nano_command, score_of, write_shards
 from tests.train.tiny_runs import kill_group, kill_or_leave, losses, start_command, wait_for
 
 STEPS, KILLED_AFTER = 800, 430
-TORCHRUN = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "longtake.train"
-
-
-def write_shards(out: Path) -> None:
-    for split, num_clips in (("train", 2000), ("val", 128)):
-        write_world(
-            out / split,
-            families=["move"],
-            num_clips=num_clips,
-            split=split,
-            frames=8,
-            height=16,
-            width=16,
-            fps=8,
-            seed=0,
-            num_workers=2,
-            progress=False,
-        )
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(1800)  # minutes on an idle machine; a busy one is no defect
 def test_two_ranks_learn_colour_through_a_kill(tmp_path: Path) -> None:
     shards, run = tmp_path / "world", tmp_path / "run"
-    write_shards(shards)
-    command = [
-        *("experiment=nano_identity", f"output_dir={run}", f"train.steps={STEPS}"),
-        *(f"data.train.0.path={shards}/train", f"data.val.0.path={shards}/val"),
-        *("train.log_every=1", "train.val_every=400", "train.sample_every=0"),
-        *("train.checkpoint_every=100", "train.num_threads=1", "train.device=cpu"),
-    ]
+    write_shards(shards, ["move"], 2000, 128)
+    command = nano_command(
+        *(shards, run, f"train.steps={STEPS}", "train.log_every=1", "train.val_every=400"),
+        "train.checkpoint_every=100",
+    )
     first = start_command(command, *TORCHRUN, cwd=tmp_path)
     wait_for(lambda: len(losses(run)) > KILLED_AFTER, first, 900)
     kill_group(first)
@@ -66,7 +45,5 @@ def test_two_ranks_learn_colour_through_a_kill(tmp_path: Path) -> None:
 
     validation = losses(run, "val/loss_ema")
     assert validation[STEPS] < 0.6 * validation[0]
-    options = EvaluateOptions(num_prompts=64, num_shown=0)
-    card = evaluate_run(run, shards / "val", options, device="cpu").card
-    (colour,) = [score for score in card.scores if score.name == "colour"]
+    colour = score_of(card_of(run, num_prompts=64), "move", "colour")
     assert colour.score >= 0.75, f"colour {colour.score:.2f} ({colour.low:.2f}..{colour.high:.2f})"

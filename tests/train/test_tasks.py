@@ -36,7 +36,7 @@ def dit_task(shards: Path, *more: str) -> DiTTask:
     config = parse_config(tree(options(shards, shards / "run", "engine.precision=fp32", *more)))
     assert isinstance(config, DiTRun)
     torch.manual_seed(0)
-    return DiTTask(config, CPU, Codec(3, (1, 1, 1)))
+    return DiTTask(config, CPU, Codec(3, (1, 1, 1), torch.tensor(0.0), torch.tensor(1.0)))
 
 
 def first_batches(task: DiTTask | VAETask) -> list[Batch]:

@@ -7,7 +7,7 @@ import pytest
 
 from longtake.data.decode import encode_video
 from longtake.train.schema import TrackingConfig
-from longtake.train.tracking import Tracker, read_metrics, redact
+from longtake.train.tracking import Tracker, read_metrics, redact, send_evaluation
 from tests.data.toy import toy_frames
 
 JSONL = TrackingConfig("jsonl", "disabled", "longtake", None, None, [])
@@ -103,3 +103,17 @@ def test_wandb_that_dies_is_left_behind(tmp_path: Path) -> None:
     tracker.log(2, {"loss": 1.0})
     tracker.finish(0)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_an_evaluation_goes_to_the_run_it_is_of(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, OFFLINE, {})
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish(0)
+    table = ("family", "score"), [["move", 0.5]]
+    send_evaluation(tmp_path, OFFLINE, {}, {"step": 1, "card.mean": 0.5}, table)
+    send_evaluation(tmp_path, JSONL, {}, {"step": 1}, table)  # not tracked there: nothing
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert len(runs) == 2 and all(record["wandb_id"] in run.name for run in runs)
+    tables = [path for run in runs for path in run.rglob("*.json") if "table" in str(path)]
+    assert tables and record["attempts"] == 1

@@ -1,0 +1,71 @@
+"""Trainings on the whole road, from shards to a score card: what the tiers of proof share."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtake.data.world import Shapes, write_world
+from longtake.train.card import Card, Score
+from longtake.train.evaluate import EvaluateOptions, evaluate_run
+from longtake.train.run_folder import read_marker
+from tests.train.tiny_runs import kill_or_leave, start_command
+
+TORCHRUN = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "longtake.train"
+NANO = Shapes(sizes=((16, 16),), frames=(8,))
+
+
+def write_shards(out: Path, families: Sequence[str], num_clips: int, num_val: int) -> None:
+    """Shards of nano clips, train and val."""
+    for split, count in (("train", num_clips), ("val", num_val)):
+        write_world(
+            out / split,
+            families=families,
+            num_clips=count,
+            split=split,
+            shapes=NANO,
+            num_workers=2,
+            progress=False,
+        )
+
+
+def nano_command(shards: Path, run: Path, *more: str) -> list[str]:
+    """Overrides of the nano run on these shards."""
+    return [
+        *("experiment=nano_identity", f"output_dir={run}"),
+        *(f"data.train.0.path={shards}/train", f"data.val.0.path={shards}/val"),
+        *("train.sample_every=0", "train.num_threads=1", "train.device=cpu", *more),
+    ]
+
+
+def train_to_the_end(command: Sequence[str], run: Path, seconds: float) -> None:
+    """Two gloo ranks; fails with their output unless the run finishes in time."""
+    process = start_command(command, *TORCHRUN, cwd=run.parent)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        kill_or_leave(process)
+    assert process.returncode == 0, output
+    assert read_marker(run) == "FINISHED"
+
+
+def card_of(run: Path, num_prompts: int, num_pairs: int = 0) -> Card:
+    """Scores of the EMA weights on t2v prompts of the split val."""
+    options = EvaluateOptions(
+        splits=("val",),
+        tasks=("t2v",),
+        weights=("ema",),
+        num_prompts=num_prompts,
+        num_pairs=num_pairs,
+        num_shown=0,
+    )
+    return evaluate_run(run, options).card
+
+
+def score_of(card: Card, family: str, name: str) -> Score:
+    return next(s for s in card.scores if (s.family, s.name) == (family, name))
+
+
+def mean_of(card: Card, name: str) -> float:
+    """A score over all families that have it, every clip counting alike."""
+    rows = [score for score in card.scores if score.name == name]
+    return math.fsum(s.score * s.num_clips for s in rows) / sum(s.num_clips for s in rows)

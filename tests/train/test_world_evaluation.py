@@ -1,0 +1,100 @@
+"""World scores inside training: the card in the rows, a budget, ranks and partitioned weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.forked import import_before_fork, run_ranks
+from tests.train.tiny_runs import options, train_here, train_on_rank, write_clips
+
+EVALUATION = (
+    *("train.steps=2", "train.val_every=0", "train.sample_every=0", "train.checkpoint_every=0"),
+    *("evaluation.every=1", "evaluation.families=[move,leftright]", "evaluation.num_prompts=3"),
+    *("evaluation.num_pairs=1", "evaluation.batch_size=3", "samples.steps=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_clips(folder / "train", 16)
+    write_clips(folder / "val", 4, "val")
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if "eval/clips" in row]
+    for row in found:
+        assert row.pop("attempt") == 1
+    return found
+
+
+def test_every_step_has_its_card(shards: Path, tmp_path: Path) -> None:
+    assert train_here(options(shards, tmp_path, *EVALUATION)) == 0
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [0, 1, 2]
+    for row in found:
+        assert row["eval/clips"] == 3 and "card.mean" in row
+        assert 0 <= row["eval/t2v/val/move/colour"] <= 1
+        assert "eval/t2v/val/leftright/relation" in row
+        assert "eval/t2v/val/move/pair_flip" in row
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed_zero3"])
+def test_two_ranks_see_the_card_of_one(engine: str, shards: Path, tmp_path: Path) -> None:
+    """Five prompts of one family leave the ranks unequal shares."""
+    uneven = ("evaluation.families=[move]", "evaluation.num_prompts=5", "evaluation.batch_size=1")
+    alone = options(shards, tmp_path / "alone", *EVALUATION, *uneven, "engine.precision=fp32")
+    assert train_here(alone) == 0
+    import_before_fork()
+    together = options(
+        shards, tmp_path / "two", *EVALUATION, *uneven, f"engine={engine}", "engine.precision=fp32"
+    )
+    assert run_ranks(2, train_on_rank, together) == [0, 0]
+    assert rows(tmp_path / "two")[0] == rows(tmp_path / "alone")[0]  # the same initial weights
+    assert len(rows(tmp_path / "two")) == 3
+
+
+def test_a_small_budget_draws_less(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10_000))  # a round takes one tick, and one more is asked for in between
+    monkeypatch.setattr("longtake.train.world_evaluation.monotonic", lambda: next(clock))
+    budget = ("evaluation.seconds=4", "evaluation.num_pairs=0", "evaluation.batch_size=2")
+    assert train_here(options(shards, tmp_path, *EVALUATION, *budget)) == 0
+    assert {row["eval/clips"] for row in rows(tmp_path)} == {2.0}  # every time, of every family
+
+
+def test_evaluation_does_not_change_the_training(shards: Path, tmp_path: Path) -> None:
+    def losses(folder: Path) -> list[float]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [row["loss"] for row in lines if "loss" in row]
+
+    assert train_here(options(shards, tmp_path / "with", *EVALUATION)) == 0
+    without = options(shards, tmp_path / "without", *EVALUATION, "evaluation.every=0")
+    assert train_here(without) == 0
+    assert losses(tmp_path / "with") == losses(tmp_path / "without") and not rows(
+        tmp_path / "without"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.families=[]", "evaluation.every=1 needs evaluation.families"),
+        ("evaluation.families=[candel]", "candel is unknown"),
+        ("evaluation.seconds=0", "evaluation.seconds=0"),
+        ("evaluation.captions=poem", "captions poem"),
+        ("evaluation.captions=vague", "captions vague"),
+    ],
+)
+def test_mistakes_stop_the_run_at_its_start(
+    override: str, message: str, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train_here(options(shards, tmp_path / "run", *EVALUATION, override)) == 1
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,322 @@
+"""World prompts: which clips are asked for, how they are drawn, what the drawing is worth.
+
+The command `evaluate` and the evaluation inside training use the same functions. Every prompt, its
+true clip and its noise follow from (seed, split, index) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.data.config import BucketConfig
+from longtake.data.randomness import derive_seed
+from longtake.data.world import FAMILIES, Shapes, WorldClip, make_clip, make_pair, score_frames
+from longtake.data.world.clips import check_request
+from longtake.data.world.detect import Detection
+from longtake.data.world.given import APPEARANCE, appearance_at_end, score_given
+from longtake.data.world.language import ASKING
+from longtake.train.card import DRIFT, PAIR_FLIP, ClipScores
+from longtake.train.codec import Codec
+from longtake.train.playback import to_frames, to_pixels
+from longtake.train.sample import Painter, noise_for
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What to ask for: `num_prompts` per family and split, of clips of one shape (T, H, W).
+
+    `num_pairs` of them, in the split `val`, get a twin: a prompt that differs in one word, drawn
+    from the same noise. `drift` k > 1 asks again for val clips of 2 … k times the length.
+    """
+
+    families: tuple[str, ...]
+    splits: tuple[str, ...]
+    num_prompts: int
+    shape: tuple[int, int, int]
+    fps: float
+    kind: str = "short"
+    num_pairs: int = 0
+    drift: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        shapes = Shapes((self.shape[1:],), self.shape[:1], (self.fps,))
+        for split in self.splits:
+            check_request(self.families, split, shapes)
+        if self.kind not in ASKING:
+            raise ValueError(
+                f"captions {self.kind}: prompts that ask for something are {', '.join(ASKING)}"
+            )
+        for name, values in (("families", self.families), ("splits", self.splits)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={','.join(values)} names something twice")
+        if self.num_prompts < 1 or self.drift < 1 or self.num_pairs < 0:
+            raise ValueError(
+                f"prompts={self.num_prompts} and drift={self.drift} must be at least 1, "
+                f"pairs={self.num_pairs} at least 0"
+            )
+
+    def factors(self, task: str) -> range:
+        """Lengths of the drift prompts, in trained lengths."""
+        return range(2, self.drift + 1 if task == "t2v" else 2)
+
+    @property
+    def round(self) -> int:
+        """Prompts of one round: one of every family in every split."""
+        return len(self.families) * len(self.splits)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One video to be drawn, with the clip that is its truth.
+
+    A `twin` is drawn from the same noise. `factor` counts the trained lengths of the video; where
+    drift is asked for, `window` is the frames of one.
+    """
+
+    clip: WorldClip
+    twin: WorldClip | None = None
+    factor: int = 1
+    window: int = 0
+
+    @property
+    def clips(self) -> tuple[WorldClip, ...]:
+        return (self.clip,) if self.twin is None else (self.clip, self.twin)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the true clip and its copy through the codec score on the same prompt."""
+
+    truth: dict[str, float]
+    ceiling: dict[str, float]
+
+
+def fits(family: str, shape: tuple[int, int, int]) -> bool:
+    """Whether clips of the family can have this (T, H, W); ValueError for an unknown family."""
+    if family not in FAMILIES:
+        raise ValueError(f"family {family} is unknown: use {', '.join(sorted(FAMILIES))}")
+    return shape[0] >= FAMILIES[family].min_frames and min(shape[1:]) >= FAMILIES[family].min_side
+
+
+def shape_for(families: Sequence[str], buckets: Sequence[BucketConfig]) -> tuple[int, int, int]:
+    """The first bucket's (T, H, W) that all families fit in; the first of all where none does."""
+    shapes = [(bucket.frames, bucket.height, bucket.width) for bucket in buckets]
+    return next((s for s in shapes if all(fits(name, s) for name in families)), shapes[0])
+
+
+def prompts(
+    wanted: PromptSet, task: str, temporal_stride: int, rank: int = 0, num_ranks: int = 1
+) -> Iterator[Prompt]:
+    """A rank's share of the prompts of a task in a fixed order, every `num_ranks`-th.
+
+    Splits and families take turns, so that any head of the list is fair to all.
+    """
+    frames, height, width = wanted.shape
+    options: dict[str, Any] = {"height": height, "width": width, "fps": wanted.fps}
+    jobs = [
+        (split, index, 1, family)
+        for index in range(wanted.num_prompts)
+        for split in wanted.splits
+        for family in wanted.families
+    ]
+    jobs += [
+        ("val", index, factor, family)
+        for factor in wanted.factors(task)
+        for index in range(wanted.num_prompts)
+        for family in wanted.families
+    ]
+    for split, index, factor, family in islice(jobs, rank, None, num_ranks):
+        place = wanted.seed, split, index
+        options["families"] = [family]
+        if factor > 1:
+            longer = (frames - 1) * factor + 1 if temporal_stride > 1 else frames * factor
+            clip = make_clip(*place, frames=longer, **options)
+            yield Prompt(clip, factor=factor, window=frames)
+        else:
+            is_val = task == "t2v" and split == "val"
+            window = frames if is_val and wanted.drift > 1 else 0
+            if is_val and index < wanted.num_pairs:
+                clip, twin = make_pair(*place, frames=frames, **options)
+            else:
+                clip, twin = make_clip(*place, frames=frames, **options), None
+            yield Prompt(clip, twin, window=window)
+
+
+def num_prompts(wanted: PromptSet, task: str) -> int:
+    """How many prompts all ranks together get of a task."""
+    rounds = len(wanted.splits) + len(wanted.factors(task))
+    return rounds * wanted.num_prompts * len(wanted.families)
+
+
+def batches(items: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Prompts in order, up to `size` videos of one shape together."""
+    batch: list[Prompt] = []
+    for item in items:
+        count = sum(len(one.clips) for one in batch)
+        is_other = batch and batch[0].clip.frames.shape != item.clip.frames.shape
+        if batch and (is_other or count + len(item.clips) > size):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def draw(
+    painter: Painter, batch: Sequence[Prompt], task: str, kind: str, seed: int
+) -> list[list[np.ndarray]]:
+    """Per prompt one video per clip, uint8 (T, H, W, 3); noise from (seed, key) alone."""
+    codec = painter.codec
+    clips = [clip for item in batch for clip in item.clips]
+    height, width = clips[0].frames.shape[1:3]
+    shape = codec.latent_shape(len(clips[0].frames), height, width)
+    painter.run.dit.config.grid(shape[1:])
+    noise = [
+        noise_for(derive_seed(seed, f"{item.clip.family}/{item.clip.key}"), shape)
+        for item in batch
+        for _ in item.clips
+    ]
+    count = codec.given_frames(task)
+    assert count <= 1, f"{task}: the sampler takes a first frame only"
+    first = stack(clips)[:, :, :count] if count else None
+    video = painter.draw([clip.captions[kind] for clip in clips], torch.stack(noise), first)
+    drawn = iter(to_frames(pixels) for pixels in video)
+    return [[next(drawn) for _ in item.clips] for item in batch]
+
+
+def rebuild(codec: Codec, item: Prompt) -> list[np.ndarray]:
+    """The true clips through the codec and back: the best that any sampler can draw."""
+    video = codec.decode(codec.encode(stack(item.clips).to(codec.mean.device)))
+    return [to_frames(pixels) for pixels in video]
+
+
+def stack(clips: Sequence[WorldClip]) -> Tensor:
+    """True clips as (B, 3, T, H, W) in [-1, 1]."""
+    return torch.stack([to_pixels(clip.frames) for clip in clips])
+
+
+def score(
+    item: Prompt, videos: Sequence[np.ndarray], kind: str, given: Sequence[int]
+) -> dict[str, float]:
+    """Scores of the videos of a prompt: those its caption asks for, those of what was given,
+    `pair_flip` where there is a twin; of a longer video only whether it drifts."""
+    clip = item.clip
+    expect = clip.reading(kind).expect
+    kept = appearance_at_end(videos[0], expect, item.window) if item.window else None
+    drift = {} if kept is None else {f"{DRIFT}{item.factor}x": kept}
+    if item.factor > 1:
+        return drift
+    seen = Detection(videos[0])
+    scores = score_frames(seen, expect) | score_given(videos[0], clip.frames, given) | drift
+    if item.twin is not None:
+        scores[PAIR_FLIP] = pair_flip(seen, Detection(videos[1]), clip, item.twin, kind)
+    return scores
+
+
+def pair_flip(one: Detection, two: Detection, clip: WorldClip, twin: WorldClip, kind: str) -> float:
+    """1 when what the changed word asks for is right in both videos and all else is as it was.
+
+    All else are the scores that both prompts ask for alike: right or wrong, they must agree.
+    """
+    asked, other = clip.reading(kind).expect, twin.reading(kind).expect
+    first, second = score_frames(one, asked), score_frames(two, other)
+    flipped = {name for name in asked if asked[name] != other.get(name)}
+    is_right = all(first[name] == second.get(name) == 1.0 for name in flipped)
+    return float(is_right and all(first[name] == second[name] for name in asked.keys() - flipped))
+
+
+def levels(
+    item: Prompt, scores: Mapping[str, float], kind: str, given: Sequence[int]
+) -> dict[str, tuple[float, ...]]:
+    """Chance and blind level of these scores.
+
+    Where frames are given, chance is what the last of them is worth when it stands still: of what
+    the frame shows, no prompt needs to tell. Given frames are not kept by chance, and no pair flips
+    for a model that reads no word.
+    """
+    clip = item.clip
+    known = clip.reading(kind).levels(clip.description.canvas)
+    of = [known[name] for name in APPEARANCE if name in known]
+    if of:
+        known[f"{DRIFT}{item.factor}x"] = tuple(np.mean(of, axis=0).tolist())
+    if given:
+        still = clip.frames[[*given, *[given[-1]] * (len(clip.frames) - len(given))]]
+        held = score(replace(item, twin=None), [still], kind, given)
+        known = {
+            name: (value, max(value, known.get(name, (0, 0))[1])) for name, value in held.items()
+        }
+        known["given_kept"] = (0.0, 0.0)
+    return {name: known.get(name, (0.0, 0.0)) for name in scores}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A prompt with its first video, uint8 (T, H, W, 3), and the row of its scores."""
+
+    prompt: Prompt
+    video: np.ndarray
+    row: ClipScores
+
+
+class Scorer:
+    """Draws and scores prompts of one run; what true clips score is worked out once and kept."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        self.kind, self.seed = kind, seed
+        self.num_cut = 0  # prompts longer than the text encoder reads
+        self._references: dict[tuple[str, str, str, int], Reference] = {}
+
+    def batch(
+        self, painter: Painter, items: Sequence[Prompt], task: str, weights: str
+    ) -> list[Scored]:
+        """One batch of prompts of one shape."""
+        codec = painter.codec
+        given = range(codec.given_frames(task))
+        drawn = draw(painter, items, task, self.kind, self.seed)
+        limit = painter.run.config.text.max_length
+        ids = painter.tokenizer([item.clip.captions[self.kind] for item in items])
+        self.num_cut += sum(len(row) >= limit for row in ids)
+        return [
+            self._row(codec, item, videos, given, task, weights)
+            for item, videos in zip(items, drawn, strict=True)
+        ]
+
+    def _row(
+        self,
+        codec: Codec,
+        item: Prompt,
+        videos: Sequence[np.ndarray],
+        given: Sequence[int],
+        task: str,
+        weights: str,
+    ) -> Scored:
+        clip = item.clip
+        key = task, clip.family, clip.key, item.factor
+        if key not in self._references:
+            copies = rebuild(codec, item)
+            truth = score(item, [one.frames for one in item.clips], self.kind, given)
+            self._references[key] = Reference(truth, score(item, copies, self.kind, given))
+        drawn = score(item, videos, self.kind, given)
+        known = levels(item, drawn, self.kind, given)
+        row = ClipScores(
+            weights=weights,
+            task=task,
+            split=clip.split,
+            family=clip.family,
+            key=clip.key if item.factor == 1 else f"{clip.key}@{item.factor}x",
+            prompt=clip.captions[self.kind],
+            drawn=drawn,
+            ceiling=self._references[key].ceiling,
+            truth=self._references[key].truth,
+            chance={name: known[name][0] for name in drawn},
+            blind={name: known[name][1] for name in drawn},
+        )
+        return Scored(item, videos[0], row)
