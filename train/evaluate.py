@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +12,6 @@ from rich.progress import Progress
 from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import encode_image, encode_video
 from longtake.data.world import FAMILIES
-from longtake.data.world.language import ASKING
 from longtake.models.conditioning import TASKS
 from longtake.train.card import (
     Card,
@@ -28,9 +25,9 @@ from longtake.train.card import (
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
 from longtake.train.ranks import Ranks, single_process
-from longtake.train.run_folder import check_replaceable, replace_folder
+from longtake.train.run_folder import check_replaceable, written_whole
 from longtake.train.runs import RunPlace, find_run, load_dit, read_run_config
-from longtake.train.sample import DEFAULT_FPS, Painter, check_task, sampler_of
+from longtake.train.sample import Painter, check_task, sampler_of
 from longtake.train.schema import DiTRun, choice
 from longtake.train.tracking import send_evaluation
 from longtake.train.world_prompts import (
@@ -38,8 +35,8 @@ from longtake.train.world_prompts import (
     Scored,
     Scorer,
     batches,
-    num_prompts,
     prompts,
+    prompts_for,
     rebuild,
     shape_for,
 )
@@ -96,9 +93,8 @@ def evaluate_run(
     place, config, wanted, tasks = check_run(Path(checkpoint), options)
     folder = out or place.folder / "evaluation" / "world"
     check_replaceable(folder, CARD)
-    scratch = folder.with_name(f"{folder.name}.tmp-{ranks.broadcast(os.getpid())}")
-    (scratch / "videos").mkdir(parents=True, exist_ok=True)
-    try:
+    with written_whole(folder, ranks) as scratch:
+        (scratch / "videos").mkdir(exist_ok=True)
         rows: list[ClipScores] = []
         scorer = Scorer(wanted.kind, wanted.seed)
         for weights in options.weights:
@@ -118,11 +114,8 @@ def evaluate_run(
         if ranks.is_main:
             write_rows(rows, scratch / ROWS)
             write_card(card, scratch / CARD)
-            replace_folder(scratch, folder)
-            show_in_tracking(place, config, card)
-        ranks.barrier()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if ranks.is_main:
+        show_in_tracking(place, config, card)
     return EvaluationResult(card, folder)
 
 
@@ -151,23 +144,19 @@ def resolve(config: DiTRun, options: EvaluateOptions) -> tuple[PromptSet, list[s
     for weights in options.weights:
         choice("weights", weights, ("ema", "raw"))
     families = options.families or trained_families(config)
-    shape = shape_for(families, config.data.buckets)
-    if options.frames is not None:
-        shape = (options.frames, *shape[1:])
-    if options.size is not None:
-        shape = (shape[0], *options.size)
+    frames, *size = shape_for(families, config.data.buckets)
     known = [name for name in TASKS if config.tasks.get(name, 0.0) > 0]
     for task in options.tasks or ():
         check_task(config, task)
-    wanted = PromptSet(
-        families=families,
+    wanted = prompts_for(
+        config,
+        families,
+        options.caption_kind,
         splits=options.splits,
         num_prompts=options.num_prompts,
         num_pairs=options.num_prompts if options.num_pairs is None else options.num_pairs,
         drift=options.drift,
-        shape=shape,
-        fps=config.data.fps or DEFAULT_FPS,
-        kind=options.caption_kind or most_used_captions(config),
+        shape=(options.frames or frames, *(options.size or size)),
         seed=options.seed,
     )
     return wanted, list(options.tasks or known)
@@ -194,12 +183,6 @@ def trained_families(config: DiTRun) -> tuple[str, ...]:
             "on clips of your own with --clips"
         )
     return families
-
-
-def most_used_captions(config: DiTRun) -> str:
-    """The kind of asking captions that the run saw most; short ones where it saw only others."""
-    shares = config.data.train[0].captions
-    return max(ASKING, key=lambda kind: (shares.get(kind, 0.0), kind == "short"))
 
 
 def load_painter(
@@ -230,7 +213,7 @@ def _score_task(
     """Rows of this rank's share of the prompts; the first of each group keep their videos."""
     share = ranks.rank, ranks.world_size
     items = prompts(wanted, task, painter.codec.strides[0], *share)
-    total = num_prompts(wanted, task) // ranks.world_size
+    total = len(wanted.jobs(task)[ranks.rank :: ranks.world_size])
     rows = []
     with Progress(disable=not ranks.is_main) as progress:
         bar = progress.add_task(f"{weights} {task}", total=total)
@@ -265,9 +248,10 @@ def in_order(parts: Sequence[Sequence[dict[str, Any]]], wanted: PromptSet) -> li
 def keep_videos(folder: Path, scored: Scored, codec: Codec) -> dict[str, str]:
     """Write drawn video, reconstruction and truth as 4:4:4 mp4 (png for images); label → file."""
     clip, row = scored.prompt.clip, scored.row
-    views = {"drawn": scored.video, "VAE": rebuild(codec, scored.prompt)[0], "truth": clip.frames}
-    if codec.vae is None:
-        del views["VAE"]
+    views = {"drawn": scored.video}
+    if codec.vae is not None:
+        views["VAE"] = rebuild(codec, scored.prompt)[0]
+    views["truth"] = clip.frames
     files = {}
     for label, frames in views.items():
         is_image = len(frames) == 1

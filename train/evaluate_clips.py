@@ -6,8 +6,6 @@ its caption and what the task gives of it, and what it drew is measured beside t
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,7 +42,7 @@ from longtake.train.fidelity import (
     check_enough_clips,
     frechet_distance,
 )
-from longtake.train.run_folder import check_replaceable, replace_folder
+from longtake.train.run_folder import check_replaceable, written_whole
 from longtake.train.runs import LoadedDiT, load_dit, pick_device
 from longtake.train.sample import Painter, check_task, sampler_of
 
@@ -111,9 +109,8 @@ def evaluate_clips(
     scorer = ClipScorer(options.clip_model, place) if options.clip_model else None
     folder = out or run.place.folder / "evaluation" / f"clips-{weights}"
     check_replaceable(folder, CARD)
-    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    (scratch / VIDEOS).mkdir(parents=True)
-    try:
+    with written_whole(folder) as scratch:
+        (scratch / VIDEOS).mkdir()
         judge = Judge(
             *(painter, codec, detector, scorer, options.seed),
             folder=scratch / VIDEOS,
@@ -142,9 +139,6 @@ def evaluate_clips(
         card = build_card(judge, plan, training, tasks, options, about)
         pq.write_table(to_table(judge.found.rows), scratch / ROWS)
         write_clips_card(card, scratch / CARD)
-        replace_folder(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return ClipsResult(card, folder)
 
 

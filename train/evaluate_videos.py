@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,14 +23,23 @@ from longtake.data.decode import (
     pixel_format,
     probe,
 )
-from longtake.data.world import FAMILIES, SPLITS, WorldClip, make_clip, read_caption, score_frames
+from longtake.data.world import (
+    FAMILIES,
+    SPLITS,
+    Shapes,
+    WorldClip,
+    make_clip,
+    read_caption,
+    score_frames,
+)
+from longtake.data.world.clips import check_request
 from longtake.data.world.describe import Reading
 from longtake.data.world.families import Canvas, Family
 from longtake.data.world.given import score_given
 from longtake.train.card import Card, ClipScores, build_card, write_card, write_rows
 from longtake.train.evaluate import CARD, ROWS, EvaluationResult
 from longtake.train.playback import Footage, read_footage
-from longtake.train.run_folder import check_replaceable, replace_folder
+from longtake.train.run_folder import check_replaceable, written_whole
 
 PROMPTS, LEFT_OUT = "prompts.jsonl", "left_out.jsonl"
 CEILING_CLIPS = 32  # per family and pixel format
@@ -269,6 +276,16 @@ def _check(asked: Asked, info: VideoInfo, family: Family) -> None:
         raise LeftOut("too large to be scored", f"{shape}, more than {MAX_PIXELS} pixels")
 
 
+def _refused(family: str, canvas: Canvas) -> str:
+    """Why the world cannot draw a clip of the family on this canvas; "" where it can."""
+    shapes = Shapes(((canvas.height, canvas.width),), (canvas.frames,), (canvas.fps,))
+    try:
+        check_request([family], "val", shapes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _true_clip(asked: Asked, reading: Reading, canvas: Canvas) -> WorldClip:
     """The clip whose frames were given, made again from seed and key; LeftOut if they are not
     known."""
@@ -279,6 +296,8 @@ def _true_clip(asked: Asked, reading: Reading, canvas: Canvas) -> WorldClip:
         raise LeftOut(
             "given frames behind the end", f"{max(asked.given)} of {canvas.frames} frames"
         )
+    if refused := _refused(reading.family, canvas):
+        raise LeftOut("given frames of a clip that the world cannot draw", refused)
     clip = make_clip(
         asked.seed,
         asked.split,
@@ -306,13 +325,7 @@ class Ceilings:
 
     def of(self, reading: Reading, canvas: Canvas, pixel_format: str) -> dict[str, float]:
         """Mean scores over CEILING_CLIPS clips of the family; {} where the world has none such."""
-        family = FAMILIES[reading.family]
-        size = canvas.height, canvas.width
-        if (
-            canvas.frames < family.min_frames
-            or min(size) < family.min_side
-            or any(side % 2 for side in size)
-        ):
+        if _refused(reading.family, canvas):
             return {}
         key = reading.family, canvas, pixel_format
         if key not in self._known:
@@ -345,15 +358,10 @@ def _write(
     out: Path, card: Card, rows: list[ClipScores], problems: list[tuple[str, str, str]]
 ) -> None:
     """card.json, clips.parquet and left_out.jsonl; the folder appears whole."""
-    scratch = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    scratch.mkdir(parents=True)
-    try:
+    with written_whole(out) as scratch:
         write_rows(rows, scratch / ROWS)
         write_card(card, scratch / CARD)
         with (scratch / LEFT_OUT).open("w", encoding="utf-8") as file:
             for name, reason, detail in problems:
                 row = {"file": name, "reason": reason, "detail": detail}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        replace_folder(scratch, out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

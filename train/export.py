@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
 from longtake.train.export_card import model_card
-from longtake.train.run_folder import CONFIG, check_replaceable
+from longtake.train.run_folder import CONFIG, check_replaceable, written_whole
 from longtake.train.runs import LoadedDiT, load_dit
 from longtake.train.sample import Painter, noise_for, sampler_of
 from longtake.train.schema import DiTRun
@@ -71,9 +69,7 @@ def export_run(
     codec = load_codec(run.config, folder=run.place.folder, vae=vae)
     notes = image_notes(run.config)
     keep_quiet()
-    scratch = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_whole(out) as scratch:
         build_pipeline(run, codec).save_pretrained(scratch)
         data = data_manifest(run.config)
         (scratch / "data_manifest.json").write_text(json.dumps(data, indent=1) + "\n")
@@ -81,13 +77,6 @@ def export_run(
         card = model_card(run, codec, data, draws_from_image=draws_from_image(run.config))
         (scratch / "README.md").write_text(card, encoding="utf-8")
         worst = verify(scratch, run, codec)
-        old = out.with_name(f"{out.name}.old-{os.getpid()}")
-        if out.exists():
-            os.replace(out, old)
-        os.replace(scratch, out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return ExportReport(out, worst, notes)
 
 

@@ -7,7 +7,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longtake.train.ranks import Ranks
 
 RUNNING, PREEMPTED, FAILED, FINISHED = "RUNNING", "PREEMPTED", "FAILED", "FINISHED"
 MARKERS = (RUNNING, PREEMPTED, FAILED, FINISHED)
@@ -46,8 +52,27 @@ def check_replaceable(folder: Path, proof: str) -> None:
         raise ValueError(f"{folder}: exists and holds no {proof} to replace; name another folder")
 
 
-def replace_folder(scratch: Path, folder: Path) -> None:
-    """Put a finished folder in its place; an older one goes only then."""
+@contextmanager
+def written_whole(folder: Path, ranks: Ranks | None = None) -> Iterator[Path]:
+    """A scratch folder to write into, the same one on all `ranks`.
+
+    It takes the place of `folder` when the block ends, and an older one goes only then; it is gone
+    when the block fails.
+    """
+    pid = os.getpid() if ranks is None else ranks.broadcast(os.getpid())
+    scratch = folder.with_name(f"{folder.name}.tmp-{pid}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        yield scratch
+        if ranks is None or ranks.is_main:
+            _replace(scratch, folder)
+        if ranks is not None:
+            ranks.barrier()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(scratch: Path, folder: Path) -> None:
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
     if folder.exists():
         os.replace(folder, old)

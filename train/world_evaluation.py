@@ -9,31 +9,29 @@ from time import monotonic
 
 from longtake.train.card import Card, ClipScores, build_card
 from longtake.train.dit_task import DiTTask
-from longtake.train.evaluate import most_used_captions
 from longtake.train.ranks import Ranks
 from longtake.train.runs import RunPlace
-from longtake.train.sample import DEFAULT_FPS, Painter
+from longtake.train.sample import Painter
 from longtake.train.schema import DiTRun
 from longtake.train.world_prompts import (
     Prompt,
     PromptSet,
     Scorer,
     prompts,
-    shape_for,
+    prompts_for,
 )
 
 
 def prompts_of(config: DiTRun) -> PromptSet:
     """What `evaluation` asks for; ValueError for what world or buckets do not hold."""
     settings = config.evaluation
-    return PromptSet(
-        families=tuple(settings.families),
+    return prompts_for(
+        config,
+        settings.families,
+        settings.captions,
         splits=tuple(settings.splits),
         num_prompts=settings.num_prompts,
         num_pairs=settings.num_pairs,
-        shape=shape_for(settings.families, config.data.buckets),
-        fps=config.data.fps or DEFAULT_FPS,
-        kind=settings.captions or most_used_captions(config),
         seed=settings.seed,
     )
 

@@ -6,9 +6,8 @@ true clip and its noise follow from (seed, split, index) alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,13 @@ from longtake.data.config import BucketConfig
 from longtake.data.randomness import derive_seed
 from longtake.data.world import FAMILIES, Shapes, WorldClip, make_clip, make_pair, score_frames
 from longtake.data.world.clips import check_request
-from longtake.data.world.detect import Detection
 from longtake.data.world.given import APPEARANCE, appearance_at_end, score_given
 from longtake.data.world.language import ASKING
 from longtake.train.card import DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
 from longtake.train.playback import to_frames, to_pixels
-from longtake.train.sample import Painter, noise_for
+from longtake.train.sample import DEFAULT_FPS, Painter, noise_for
+from longtake.train.schema import DiTRun
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,15 @@ class PromptSet:
                 f"pairs={self.num_pairs} at least 0"
             )
 
-    def factors(self, task: str) -> range:
-        """Lengths of the drift prompts, in trained lengths."""
-        return range(2, self.drift + 1 if task == "t2v" else 2)
+    def jobs(self, task: str) -> list[tuple[str, int, int, str]]:
+        """Split, index, trained lengths and family of every prompt of a task, in a fixed order.
+
+        Splits and families take turns, so that any head of the list is fair to all.
+        """
+        longer = range(2, self.drift + 1 if task == "t2v" else 2)
+        every = range(self.num_prompts), self.families
+        jobs = [(split, i, 1, name) for i in every[0] for split in self.splits for name in every[1]]
+        return jobs + [("val", i, k, name) for k in longer for i in every[0] for name in every[1]]
 
     @property
     def round(self) -> int:
@@ -103,7 +108,7 @@ def fits(family: str, shape: tuple[int, int, int]) -> bool:
     """Whether clips of the family can have this (T, H, W); ValueError for an unknown family."""
     if family not in FAMILIES:
         raise ValueError(f"family {family} is unknown: use {', '.join(sorted(FAMILIES))}")
-    return shape[0] >= FAMILIES[family].min_frames and min(shape[1:]) >= FAMILIES[family].min_side
+    return Shapes((shape[1:],), shape[:1]).fits(family)
 
 
 def shape_for(families: Sequence[str], buckets: Sequence[BucketConfig]) -> tuple[int, int, int]:
@@ -112,28 +117,31 @@ def shape_for(families: Sequence[str], buckets: Sequence[BucketConfig]) -> tuple
     return next((s for s in shapes if all(fits(name, s) for name in families)), shapes[0])
 
 
+def most_used_captions(config: DiTRun) -> str:
+    """The kind of asking captions that the run saw most; short ones where it saw only others."""
+    shares = config.data.train[0].captions
+    return max(ASKING, key=lambda kind: (shares.get(kind, 0.0), kind == "short"))
+
+
+def prompts_for(
+    config: DiTRun, families: Sequence[str], kind: str | None, **settings: Any
+) -> PromptSet:
+    """What to ask of a run: of clips as it was trained on, unless the fields in `settings` differ.
+
+    ValueError for what world or buckets do not hold.
+    """
+    own = {"shape": shape_for(families, config.data.buckets), "fps": config.data.fps or DEFAULT_FPS}
+    kind = kind or most_used_captions(config)
+    return PromptSet(families=tuple(families), kind=kind, **{**own, **settings})
+
+
 def prompts(
     wanted: PromptSet, task: str, temporal_stride: int, rank: int = 0, num_ranks: int = 1
 ) -> Iterator[Prompt]:
-    """A rank's share of the prompts of a task in a fixed order, every `num_ranks`-th.
-
-    Splits and families take turns, so that any head of the list is fair to all.
-    """
+    """A rank's share of the prompts of a task: every `num_ranks`-th of `wanted.jobs`."""
     frames, height, width = wanted.shape
     options: dict[str, Any] = {"height": height, "width": width, "fps": wanted.fps}
-    jobs = [
-        (split, index, 1, family)
-        for index in range(wanted.num_prompts)
-        for split in wanted.splits
-        for family in wanted.families
-    ]
-    jobs += [
-        ("val", index, factor, family)
-        for factor in wanted.factors(task)
-        for index in range(wanted.num_prompts)
-        for family in wanted.families
-    ]
-    for split, index, factor, family in islice(jobs, rank, None, num_ranks):
+    for split, index, factor, family in wanted.jobs(task)[rank::num_ranks]:
         place = wanted.seed, split, index
         options["families"] = [family]
         if factor > 1:
@@ -148,12 +156,6 @@ def prompts(
             else:
                 clip, twin = make_clip(*place, frames=frames, **options), None
             yield Prompt(clip, twin, window=window)
-
-
-def num_prompts(wanted: PromptSet, task: str) -> int:
-    """How many prompts all ranks together get of a task."""
-    rounds = len(wanted.splits) + len(wanted.factors(task))
-    return rounds * wanted.num_prompts * len(wanted.families)
 
 
 def batches(items: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
@@ -214,23 +216,23 @@ def score(
     drift = {} if kept is None else {f"{DRIFT}{item.factor}x": kept}
     if item.factor > 1:
         return drift
-    seen = Detection(videos[0])
-    scores = score_frames(seen, expect) | score_given(videos[0], clip.frames, given) | drift
+    first = score_frames(videos[0], expect)
+    scores = first | score_given(videos[0], clip.frames, given) | drift
     if item.twin is not None:
-        scores[PAIR_FLIP] = pair_flip(seen, Detection(videos[1]), clip, item.twin, kind)
+        other = item.twin.reading(kind).expect
+        flipped = {name for name in expect if expect[name] != other.get(name)}
+        scores[PAIR_FLIP] = pair_flip(first, score_frames(videos[1], other), flipped)
     return scores
 
 
-def pair_flip(one: Detection, two: Detection, clip: WorldClip, twin: WorldClip, kind: str) -> float:
-    """1 when what the changed word asks for is right in both videos and all else is as it was.
-
-    All else are the scores that both prompts ask for alike: right or wrong, they must agree.
+def pair_flip(
+    first: Mapping[str, float], second: Mapping[str, float], flipped: Collection[str]
+) -> float:
+    """1 when the scores that a changed word asks otherwise, `flipped`, are right in both videos of
+    a pair, and the others are as they were: right or wrong, they must agree.
     """
-    asked, other = clip.reading(kind).expect, twin.reading(kind).expect
-    first, second = score_frames(one, asked), score_frames(two, other)
-    flipped = {name for name in asked if asked[name] != other.get(name)}
     is_right = all(first[name] == second.get(name) == 1.0 for name in flipped)
-    return float(is_right and all(first[name] == second[name] for name in asked.keys() - flipped))
+    return float(is_right and all(first[name] == second[name] for name in first.keys() - flipped))
 
 
 def levels(

@@ -42,6 +42,11 @@ class Shapes:
             frames=tuple(count for count in self.frames if count >= need.min_frames),
         )
 
+    def fits(self, family: str) -> bool:
+        """Whether a family can be drawn at any of them."""
+        can = self.allowed(family)
+        return bool(can.sizes and can.frames)
+
     def canvas(self, seed: int, split: str, index: int, family: str) -> Canvas:
         """The size, length and rate of a clip."""
         can = self.allowed(family)
@@ -163,8 +168,7 @@ def check_request(families: Sequence[str], split: str, shapes: Shapes) -> None:
         raise ValueError(f"frames={min(shapes.frames)} must be at least 1 (1 is an image)")
     if not min(shapes.fps) > 0:
         raise ValueError(f"fps={min(shapes.fps)} must be positive")
-    possible = {name: shapes.allowed(name) for name in families}
-    unfit = [name for name, can in possible.items() if not (can.sizes and can.frames)]
+    unfit = [name for name in families if not shapes.fits(name)]
     if unfit:
         needs = ", ".join(
             f"{name} (frames >= {FAMILIES[name].min_frames}, "

@@ -5,6 +5,7 @@ covered edge pixels still name the right colour. Only where two colours meet may
 one pixel wide, so a blob must somewhere be two pixels thick.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -173,14 +174,18 @@ class Detection:
     def shape_of(self, track: Track, names: tuple[str, ...] = SHAPES) -> str:
         """The shape whose ideal picture at the track's place and area overlaps it best."""
         best = np.argsort(-track.area)[: max(1, min(7, int(track.seen.sum())))]
-        index = COLOURS.index(track.colour)
-        cover = np.where(self.label[best] == index, self.cover[best], 0.0)
-        radius = np.sqrt(track.area[best] / np.pi)[:, None, None]
-        dy = np.arange(self.height)[None, :, None] + 0.5 - track.y[best][:, None, None]
-        dx = np.arange(self.width)[None, None, :] + 0.5 - track.x[best][:, None, None]
+        return names[int(np.argmin(self.misfit(track, names, best).sum(1)))]
+
+    def misfit(self, track: Track, names: Sequence[str], at: np.ndarray) -> np.ndarray:
+        """Pixels (px²) by which each of K ideal shapes of a track's place and area differs from
+        what is seen of it in the frames `at` (n,), (K, n)."""
+        cover = np.where(self.label[at] == COLOURS.index(track.colour), self.cover[at], 0.0)
+        radius = np.sqrt(track.area[at] / np.pi)[:, None, None]
+        dy = np.arange(self.height)[None, :, None] + 0.5 - track.y[at][:, None, None]
+        dx = np.arange(self.width)[None, None, :] + 0.5 - track.x[at][:, None, None]
         near = np.maximum(abs(dx), abs(dy)) <= 1.7 * radius + 1
-        errors = [(abs(coverage(name, dx, dy, radius) - cover) * near).sum() for name in names]
-        return names[int(np.argmin(errors))]
+        errors = [abs(coverage(name, dx, dy, radius) - cover) * near for name in names]
+        return np.array([error.sum((1, 2)) for error in errors])
 
     def turning(self, start: str, end: str) -> np.ndarray | None:
         """How far a thing that rests has turned from one colour to another, (T,) from 0 to 1.

@@ -113,6 +113,13 @@ def recoloured_midway(clip: WorldClip) -> np.ndarray:
     return with_changes(clip, 0, Change(clip.scene.frames // 2, "colour", colour))
 
 
+def coloured_back(clip: WorldClip, index: int) -> np.ndarray:
+    """An entity that took another colour has its old one again in the end."""
+    entity = clip.scene.entities[index]
+    back = Change(clip.scene.frames - 1, "colour", entity.colour)
+    return with_changes(clip, index, *entity.changes, back)
+
+
 def split_in_two(clip: WorldClip) -> np.ndarray | None:
     """A smaller copy of the first entity parts from it and goes where nothing else ever is.
 

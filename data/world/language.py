@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from longtake.data.world.scene import BIG_CANVAS_SHAPES, COLOURS, DIRECTIONS, SHAPES, SIZES
+from longtake.data.world.scene import ALL_SHAPES, COLOURS, DIRECTIONS, SIZES
 
 Words = Mapping[str, str]
 """Value of every slot."""
@@ -44,7 +44,7 @@ PLACES: Vocabulary = {
 }
 VOCABULARIES: dict[str, Vocabulary] = {
     "colour": _paired(COLOURS, "红色 绿色 蓝色 黄色 紫色 青色"),
-    "shape": _paired((*SHAPES, *BIG_CANVAS_SHAPES), "圆形 正方形 三角形 圆环 十字"),
+    "shape": _paired(ALL_SHAPES, "圆形 正方形 三角形 圆环 十字"),
     "size": _paired(tuple(SIZES), "小 大"),
     "direction": _paired(tuple(DIRECTIONS), "左 右 上 下"),
     "pace": _paired(("slowly", "quickly"), "缓慢 快速"),

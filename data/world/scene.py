@@ -22,6 +22,8 @@ COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle")
 BIG_CANVAS_SHAPES = ("ring", "cross")  # need about 64 px to be told apart from the filled ones
 BIG_CANVAS = 64  # px of the shorter side from which on they occur
+ALL_SHAPES = (*SHAPES, *BIG_CANVAS_SHAPES)
+SIDEWAYS, UPRIGHT = ("left", "right"), ("up", "down")
 SIZES = {"small": 0.15, "large": 0.22}  # radius as a share of the frame's shorter side
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left": (-1, 0),
@@ -37,6 +39,11 @@ EXTENTS: dict[str, tuple[float, float, float]] = {
     "ring": (1.195, 1.195, 1.195),
     "cross": (1.1295, 1.1295, 1.1295),
 }
+
+
+def shapes_at(short_side: int) -> tuple[str, ...]:
+    """Shapes that can be told apart in frames of this shorter side (px)."""
+    return ALL_SHAPES if short_side >= BIG_CANVAS else SHAPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from longtake.data.world.detect import Detection, Track
-from longtake.data.world.scene import BIG_CANVAS, BIG_CANVAS_SHAPES, DIRECTIONS, SHAPES, SIZES
+from longtake.data.world.scene import DIRECTIONS, SIZES, shapes_at
 
 Scorer = Callable[..., float]
 SCORERS: dict[str, Scorer] = {}
@@ -64,6 +64,14 @@ def travel(track: Track) -> np.ndarray:
     return slope * (len(track.x) - 1)
 
 
+def whole_subject(seen: Detection) -> Track | None:
+    """The largest entity if it is whole in every frame; None in clips of less than four frames."""
+    track = seen.main
+    if track is None or seen.num_frames < 4 or not (track.blobs == 1).all():
+        return None
+    return track if track.area.min() > 0.75 * track.full_area else None
+
+
 @scorer
 def colour(seen: Detection, colours: list[str]) -> float:
     """Exactly the asked colours are there."""
@@ -73,7 +81,7 @@ def colour(seen: Detection, colours: list[str]) -> float:
 @scorer
 def shape(seen: Detection, shape: str, colour: str | None = None) -> float:
     """The largest entity (or that of a colour) has the asked shape."""
-    names = (*SHAPES, *BIG_CANVAS_SHAPES) if seen.side >= BIG_CANVAS else SHAPES
+    names = shapes_at(seen.side)
     track = seen.main if colour is None else seen.tracks.get(colour)
     return track is not None and seen.shape_of(track, names) == shape
 

@@ -51,7 +51,7 @@ class Validity:
         ]
         if abs(self.shuffled - chance) > slack:
             found.append(f"shuffled {self.shuffled:.3f}, stated chance {chance:.3f}")
-        if self.blind < chance and self.score != "causal":
+        if self.blind < chance:
             found.append(f"blind {self.blind:.3f} below chance {chance:.3f}")
         if not self.faults:
             found.append("no planted fault")

@@ -194,6 +194,21 @@ def test_one_bad_file_never_ends_the_others(tmp_path: Path) -> None:
         evaluate_videos(tmp_path, tmp_path)
 
 
+def test_shapes_the_world_cannot_draw_are_scored_without_a_ceiling(tmp_path: Path) -> None:
+    clip = clips(1)[0]
+    wide = np.pad(clip.frames, ((0, 0), (0, 0), (0, 96), (0, 0)), mode="edge")
+    (tmp_path / "wide.mp4").write_bytes(encode_video(wide, clip.fps))
+    (tmp_path / "wide.txt").write_text(clip.captions["short"])
+    row = prompt_row(clip, key="wide-00000000", width=128, given=[0])
+    (tmp_path / "wide-00000000.mp4").write_bytes(encode_video(wide, clip.fps))
+    (tmp_path / "wide-00000000.json").write_text(json.dumps(row))
+    result = evaluate_videos(tmp_path, tmp_path.with_name("o"))
+    assert [row.ceiling for row in read_rows(result.folder / "clips.parquet")] == [{}]
+    reason = "given frames of a clip that the world cannot draw"
+    assert result.card.left_out == {reason: 1}
+    assert {score.score for score in result.card.scores} == {1.0}
+
+
 def uneven_video(frames: list[np.ndarray]) -> bytes:
     """An mp4 whose second half runs at a quarter of the rate."""
     buffer = io.BytesIO()

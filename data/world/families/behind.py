@@ -27,7 +27,6 @@ from longtake.data.world.faults import (
     with_motion,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
-from longtake.data.world.render import coverage
 from longtake.data.world.scene import COLOURS, DIRECTIONS, SIZES, Change, Entity, Scene, Segment
 from longtake.data.world.scorers import MIN_MOVE, along, scorer
 
@@ -72,13 +71,8 @@ def _patch(seen: Detection, track: Track) -> np.ndarray:
 
 def _wholeness(seen: Detection, track: Track) -> np.ndarray:
     """Likeness (T,) in [0, 1] to the whole shape of the same place and area that fits best."""
-    cover = np.where(seen.label == COLOURS.index(track.colour), seen.cover, 0.0)
-    radius = np.sqrt(track.area / np.pi)[:, None, None]
-    dy = np.arange(seen.height)[None, :, None] + 0.5 - track.y[:, None, None]
-    dx = np.arange(seen.width)[None, None, :] + 0.5 - track.x[:, None, None]
-    near = np.maximum(abs(dx), abs(dy)) <= 1.7 * radius + 1
-    errors = [(abs(coverage(s, dx, dy, radius) - cover) * near).sum((1, 2)) for s in SHAPES]
-    return 1 - np.min(errors, axis=0) / np.maximum(track.area, 1.0)
+    errors = seen.misfit(track, SHAPES, np.arange(seen.num_frames))
+    return 1 - errors.min(0) / np.maximum(track.area, 1.0)
 
 
 @scorer

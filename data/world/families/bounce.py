@@ -15,20 +15,22 @@ from longtake.data.world.families.registry import (
     pick,
     register,
 )
-from longtake.data.world.families.support import HELD_OUT, SHAPES, TOLERANCE, whole_subject
+from longtake.data.world.families.support import HELD_OUT, SHAPES, TOLERANCE
 from longtake.data.world.faults import at_rest, missing, recoloured, reshaped, resized, with_motion
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import (
     DIRECTIONS,
     EXTENTS,
+    SIDEWAYS,
     SIZES,
+    UPRIGHT,
     Entity,
     Event,
     Scene,
     Segment,
     positions,
 )
-from longtake.data.world.scorers import MIN_MOVE, along, scorer
+from longtake.data.world.scorers import MIN_MOVE, along, scorer, whole_subject
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -44,7 +46,6 @@ WALLS = {
     "up": ("top", "上"),
     "down": ("bottom", "下"),
 }
-SIDEWAYS, UPRIGHT = ("left", "right"), ("up", "down")
 
 
 def fit(shapes: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

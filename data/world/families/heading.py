@@ -16,7 +16,6 @@ from longtake.data.world.families.registry import (
     pick,
     register,
 )
-from longtake.data.world.families.support import whole_subject
 from longtake.data.world.faults import (
     at_rest,
     missing,
@@ -32,14 +31,16 @@ from longtake.data.world.scene import (
     COLOURS,
     DIRECTIONS,
     EXTENTS,
+    SIDEWAYS,
     SIZES,
+    UPRIGHT,
     Change,
     Entity,
     Event,
     Scene,
     Segment,
 )
-from longtake.data.world.scorers import along, scorer
+from longtake.data.world.scorers import along, scorer, whole_subject
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -52,7 +53,6 @@ MIN_LEG = 0.04  # way in one direction, as a share of the shorter side
 CLOSE = np.radians(15)  # half of what parts the four directions, as a triangle has three tips
 POINTED = 0.2  # |third moment| / (area · radius³): 0.37 for a triangle, 0 for what has no tip
 HELD_OUT = (0, 1, 2, 4)  # verbs for each of which one colour of the triangle is held out
-SIDEWAYS, UPRIGHT = ("left", "right"), ("up", "down")
 
 
 def tips(seen: Detection, track: Track) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,6 @@ from longtake.data.world.families.support import (
     bar,
     solid_parts,
     thickness,
-    whole_subject,
 )
 from longtake.data.world.faults import (
     at_rest,
@@ -35,7 +34,7 @@ from longtake.data.world.faults import (
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Vocabulary, Words
 from longtake.data.world.scene import COLOURS, DIRECTIONS, EXTENTS, Entity, Event, Scene, Segment
-from longtake.data.world.scorers import MIN_MOVE, along, scorer
+from longtake.data.world.scorers import MIN_MOVE, along, scorer, whole_subject
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip

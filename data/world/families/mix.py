@@ -22,6 +22,7 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     at_rest,
+    coloured_back,
     flipped,
     missing,
     recoloured_midway,
@@ -319,9 +320,7 @@ def unturned(clip: WorldClip) -> np.ndarray:
 
 def turned_back(clip: WorldClip) -> np.ndarray:
     """What turned has its old colour again in the end."""
-    entity = clip.scene.entities[_turner(clip)]
-    back = Change(clip.scene.frames - 1, "colour", entity.colour)
-    return with_changes(clip, _turner(clip), *entity.changes, back)
+    return coloured_back(clip, _turner(clip))
 
 
 def _turner(clip: WorldClip) -> int:

@@ -19,7 +19,7 @@ from longtake.data.world.families.registry import (
     register,
     still,
 )
-from longtake.data.world.faults import mirrored, redrawn, with_changes, with_motion
+from longtake.data.world.faults import coloured_back, mirrored, redrawn, with_changes, with_motion
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import (
     COLOURS,
@@ -227,9 +227,7 @@ def unmoved(clip: WorldClip) -> np.ndarray:
 
 def turned_back(clip: WorldClip) -> np.ndarray:
     """The one has its old colour again in the end."""
-    one = clip.scene.entities[0]
-    back = Change(clip.scene.frames - 1, "colour", one.colour)
-    return with_changes(clip, 0, *one.changes, back)
+    return coloured_back(clip, 0)
 
 
 def moved_back(clip: WorldClip) -> np.ndarray:

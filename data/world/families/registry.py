@@ -14,16 +14,15 @@ import numpy as np
 
 from longtake.data.world.language import Vocabulary, Words, say, slots_of, vocabulary_of
 from longtake.data.world.scene import (
-    BIG_CANVAS,
-    BIG_CANVAS_SHAPES,
+    ALL_SHAPES,
     COLOURS,
     EXTENTS,
-    SHAPES,
     SIZES,
     Entity,
     Scene,
     Segment,
     Shot,
+    shapes_at,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Canvas:
     @property
     def shapes(self) -> tuple[str, ...]:
         """Shapes that can be told apart at this size."""
-        return (*SHAPES, *BIG_CANVAS_SHAPES) if self.short_side >= BIG_CANVAS else SHAPES
+        return shapes_at(self.short_side)
 
     def radius(self, size: str) -> float:
         """Radius in pixels of a size word; `ood` is outside what the other splits show."""
@@ -204,7 +203,7 @@ def is_held_out(colour: str, shape: str, verb: int) -> bool:
 
     Every colour, shape, verb and every pair of them still occurs in training.
     """
-    number = (*SHAPES, *BIG_CANVAS_SHAPES).index(shape)
+    number = ALL_SHAPES.index(shape)
     return (COLOURS.index(colour) + 2 * number + 4 * verb) % 9 == 4
 
 

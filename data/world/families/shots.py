@@ -23,15 +23,13 @@ from longtake.data.world.families.registry import (
 from longtake.data.world.faults import NEXT_SHAPE, missing, redrawn, with_changes
 from longtake.data.world.language import NUMBERS, STATIC_CAMERA, STATIC_CAMERA_ZH, ZH_NUMBERS, Words
 from longtake.data.world.scene import (
-    BIG_CANVAS,
-    BIG_CANVAS_SHAPES,
     COLOURS,
-    SHAPES,
     Change,
     Entity,
     Event,
     Scene,
     Shot,
+    shapes_at,
 )
 from longtake.data.world.scorers import scorer
 
@@ -179,8 +177,7 @@ def identity(seen: Detection, colour: str, shape: str) -> float:
     shots = _by_shot(seen)
     if not shots or set(seen.tracks) != {colour} or (seen.tracks[colour].blobs != 1).any():
         return 0.0
-    names = (*SHAPES, *BIG_CANVAS_SHAPES) if seen.side >= BIG_CANVAS else SHAPES
-    return all(seen.shape_of(track, names) == shape for track in shots)
+    return all(seen.shape_of(track, shapes_at(seen.side)) == shape for track in shots)
 
 
 @scorer

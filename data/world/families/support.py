@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from longtake.data.world.detect import Detection, Track
+from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
     Ask,
     Canvas,
@@ -26,7 +26,7 @@ from longtake.data.world.faults import (
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Vocabulary, Words
 from longtake.data.world.scene import EXTENTS, Entity, Event, Scene, Segment
-from longtake.data.world.scorers import scorer
+from longtake.data.world.scorers import scorer, whole_subject
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -60,14 +60,6 @@ def thickness(canvas: Canvas) -> int:
 def solid_parts(seen: Detection) -> np.ndarray:
     """Where something dark stands, (H, W) bool: in at least a third of the frames."""
     return (seen.frames.max(-1) < DARK).mean(0) >= 1 / 3
-
-
-def whole_subject(seen: Detection) -> Track | None:
-    """The largest entity if it is whole in every frame; None in clips of less than four frames."""
-    track = seen.main
-    if track is None or seen.num_frames < 4 or not (track.blobs == 1).all():
-        return None
-    return track if track.area.min() > 0.75 * track.full_area else None
 
 
 @scorer
