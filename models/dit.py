@@ -91,6 +91,18 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(dim))
         self.proj = nn.Linear(dim, dim)
 
+    def init_places(self) -> None:
+        """Start with preferences for places, whatever the content, which in noise says nothing.
+
+        Rotary positions make them of biases of queries and keys; a gain gives narrow heads the
+        logits of 128 channels. Without the two the nano model's loss at t = 0.9 is .54 instead of
+        .45 after 750 steps.
+        """
+        dim = self.proj.in_features
+        nn.init.normal_(self.qkv.bias[: 2 * dim])
+        for gain in (self.norm_q, self.norm_k):
+            nn.init.constant_(gain, max(1.0, (128 * self.num_heads / dim) ** 0.5))
+
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         weight = torch.stack((self.norm_q, self.norm_k))
         q, k, v = NormRotateHeads.apply(self.qkv(x), weight, rope, self.num_heads, self.eps)
@@ -238,6 +250,9 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.init_places()
         nn.init.zeros_(self.time_proj.weight)
         nn.init.zeros_(self.head.weight)
 
