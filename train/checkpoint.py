@@ -35,12 +35,14 @@ from longtake.train.range_files import (
     write_ranges,
 )
 from longtake.train.ranks import Ranks, single_process
-from longtake.train.strategy import StateRange
+from longtake.train.strategy import RenamedReader, StateRange
+from longtake.train.tasks import Opponent
 
 FORMAT = "longtake-checkpoint-1"
 MANIFEST = "manifest.json"
 TRAIN_STATE = "train_state.json"
 CONFIG = "config.json"
+ADVERSARY = "adversary."  # before the kinds of the second network's tensors
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
 # A replaced one counts too: whoever was killed between its two renames left nothing else.
 STEP_FOLDER = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
@@ -68,17 +70,19 @@ def save(
     train_state: dict[str, Any],
     config: dict[str, Any],
     *,
+    adversary: Opponent | None = None,
     keep_last: int = 0,
 ) -> Path:
     """Writes the checkpoint of `step` into `folder`; all ranks together. Returns its path.
 
+    adversary: its engine's state goes under kinds of its own, its figures belong in train_state.
     train_state, config: JSON; train_state["samples_seen"] is copied into the manifest.
     keep_last: older checkpoints beyond this number are deleted, once the new one verifies; 0 keeps
     all.
     Errors: CheckpointError on all ranks, naming the cause (disk full, read-only folder, ...);
     then nothing of the new checkpoint is left and the older ones are untouched.
     """
-    snapshot = take_snapshot(engine, ema)
+    snapshot = take_snapshot(engine, ema, adversary)
     path = write(folder, step, snapshot, train_state, config, engine.ranks)
     if keep_last:
         prune(folder, step, keep_last, engine.ranks)
@@ -86,9 +90,12 @@ def save(
 
 
 @torch.no_grad()
-def take_snapshot(engine: Engine, ema: Ema | None) -> Snapshot:
+def take_snapshot(engine: Engine, ema: Ema | None, adversary: Opponent | None = None) -> Snapshot:
     """Copies what this rank owns to CPU memory; the only part that training waits for."""
     owned = list(engine.owned_ranges())
+    if adversary is not None:
+        others = adversary.engine.owned_ranges()
+        owned += [replace(piece, kind=ADVERSARY + piece.kind) for piece in others]
     if ema is not None:
         owned += list(ema.owned_ranges())
     copies = [replace(r, tensor=r.tensor.detach().to("cpu", copy=True)) for r in owned]
@@ -335,17 +342,27 @@ class CheckpointReader:
         return self.files.read(places, start, stop)
 
 
-def load_into(path: Path, engine: Engine, ema: Ema | None) -> dict[str, Any]:
-    """Restores engine and EMA from a checkpoint; all ranks together. Returns its train_state.
+def load_into(
+    path: Path, engine: Engine, ema: Ema | None, adversary: Opponent | None = None
+) -> dict[str, Any]:
+    """Restores engine, EMA and adversary from a checkpoint; all ranks together.
 
-    Each rank reads only the ranges it holds. Hashes are not checked again: take the path from
-    `find_last_good`, or call `verify`.
+    Returns its train_state. An adversary that the checkpoint does not know begins anew, and a
+    warning says so. Each rank reads only the ranges it holds. Hashes are not checked again: take
+    the path from `find_last_good`, or call `verify`.
     """
     reader = CheckpointReader(path)
     engine.load_ranges(reader)
     if ema is not None:
         ema.load_ranges(reader)
-    return json.loads((Path(path) / TRAIN_STATE).read_bytes())
+    state = json.loads((Path(path) / TRAIN_STATE).read_bytes())
+    if adversary is not None and state["adversary"] is None:
+        logger.warning("checkpoint %s knows no discriminator: it begins anew", path)
+    elif adversary is not None:
+        figures = state["adversary"]
+        adversary.engine.load_ranges(RenamedReader(reader, ADVERSARY, figures["optimizer_steps"]))
+        adversary.load(figures)
+    return state
 
 
 def load_full(path: Path, kind: str = "ema") -> dict[str, torch.Tensor]:

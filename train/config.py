@@ -22,8 +22,9 @@ from yaml import YAMLError
 
 from longtake.data.config import DataConfig, check_data_config
 from longtake.data.plan.costs import resolve_buckets
+from longtake.train.checks import choice, require
 from longtake.train.engine import native_precision
-from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun, choice, require
+from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun
 
 # Keys that may differ on resume: where things lie, how they are watched, how work is split.
 FREE_KEYS = (
@@ -124,7 +125,7 @@ def _locate(tree: dict[str, Any]) -> None:
     data = tree.get("data")
     named = [data.get("train"), data.get("val")] if isinstance(data, dict) else []
     sets = [dataset for listed in named if isinstance(listed, list) for dataset in listed]
-    for section, keys in [(tree, ("vae_run",)), (tree.get("text"), ("path",))] + [
+    for section, keys in [(tree, ("vae_run", "init_from")), (tree.get("text"), ("path",))] + [
         (dataset, ("path", "catalogue")) for dataset in sets
     ]:
         for key in keys if isinstance(section, dict) else ():

@@ -8,6 +8,7 @@ different parameters on different ranks, and its gradients are sums.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from longtake.train.optim import OptimConfig, build_adamw, create_state
 from longtake.train.ranks import Ranks
-from longtake.train.strategy import MOMENTS, StateRange, StepResult, whole
+from longtake.train.strategy import MOMENTS, StateRange, StepResult, detached, whole
 
 # torch 2.13 renamed it and warns of the old name, older ones know only that
 _NEW = hasattr(dist, "all_gather_single")
@@ -119,6 +120,9 @@ class ReplicatedStrategy:
         loss.backward()
         if last:
             self.gradients.finish()
+
+    def whole_weights(self, module: nn.Module) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        return nullcontext(detached(module))
 
     def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult:
         """Equal on all ranks without talking: each sees the same bits of the summed gradients."""

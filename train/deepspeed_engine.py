@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from longtake.train.ddp_engine import ReplicatedStrategy
 from longtake.train.optim import OptimConfig, build_adamw, create_state
 from longtake.train.ranks import Ranks
-from longtake.train.strategy import MOMENTS, StateRange, StepResult, Strategy
+from longtake.train.strategy import MOMENTS, StateRange, StepResult, Strategy, detached
 
 if TYPE_CHECKING:
     from longtake.train.engine import EngineConfig
@@ -173,6 +173,13 @@ class ShardedDeepSpeed:
                         parameter.grad = torch.zeros_like(parameter)
             self.accumulating = False
             self.accumulation.close()
+
+    @contextmanager
+    def whole_weights(self, module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(module.parameters()), enabled=self.stage == 3):
+            yield detached(module)
 
     def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult:
         """DeepSpeed computes the norm, clips, and skips a step whose norm is not finite."""

@@ -84,6 +84,7 @@ class DiTTask:
         self.config = config
         self.device = device
         self.codec = codec
+        self.adversary = None
         self.tokenizer = Tokenizer(config.text)
         self._frozen_text: TextEncoder | None = None
         text = TextEncoder(config.text) if config.text.kind == "bytes" else None

@@ -119,6 +119,13 @@ class Engine:
         with self.autocast():
             return self.strategy.forward(*args, **kwargs)
 
+    def whole_weights(self) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        """Every parameter, whole and detached, by name: to be read inside the context only.
+
+        All ranks enter together. What is computed with them leaves no gradient in the engine.
+        """
+        return self.strategy.whole_weights(self.module)
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradients of `loss` () to the step's sum; `last` ends the sum over the ranks.
 

@@ -22,13 +22,14 @@ from longtake.train.card import (
     write_card,
     write_rows,
 )
+from longtake.train.checks import choice
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
 from longtake.train.ranks import Ranks, single_process
 from longtake.train.run_folder import check_replaceable, written_whole
 from longtake.train.runs import RunPlace, find_run, load_dit, read_run_config
 from longtake.train.sample import Painter, check_task, sampler_of
-from longtake.train.schema import DiTRun, choice
+from longtake.train.schema import DiTRun
 from longtake.train.tracking import send_evaluation
 from longtake.train.world_prompts import (
     PromptSet,

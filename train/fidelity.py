@@ -162,6 +162,21 @@ class TrainingClips:
         return self.codec.encode(to_float(clip.video)[None].to(self.device)).flatten()
 
 
+def load_torchscript(path: Path, option: str, device: torch.device | str) -> torch.jit.ScriptModule:
+    """The module of a TorchScript file, in evaluation mode.
+
+    Loading one runs what it holds, but nothing is unpickled. ValueError, naming the option or key
+    that gave the path, for a missing file or one that is no TorchScript.
+    """
+    if not path.is_file():
+        raise ValueError(f"{option} {path}: no such file")
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} {path}: no TorchScript module: {reason}") from error
+
+
 class VideoDetector:
     """Features of clips by a TorchScript file, such as the I3D of the Fréchet video distance.
 
@@ -173,14 +188,8 @@ class VideoDetector:
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         """ValueError for a missing file or one that is no TorchScript."""
-        if not path.is_file():
-            raise ValueError(f"--fvd-weights {path}: no such file")
         self.path, self.device = path, device
-        try:
-            self.module = torch.jit.load(path, map_location=device).eval()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--fvd-weights {path}: no TorchScript module: {reason}") from error
+        self.module = load_torchscript(path, "--fvd-weights", device)
         known = {argument.name for argument in self.module.forward.schema.arguments}
         self.arguments = {k: v for k, v in DETECTOR_ARGUMENTS.items() if k in known}
 

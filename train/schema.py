@@ -6,7 +6,6 @@ Each checks its own values; what concerns several sections is checked in `config
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from longtake.data.config import DataConfig
 from longtake.models.conditioning import check_tasks
@@ -15,22 +14,14 @@ from longtake.models.flow import TimestepConfig
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import TextConfig
 from longtake.models.vae import VAEConfig
+from longtake.train.checks import choice, require
 from longtake.train.engine import EngineConfig
 from longtake.train.optim import OptimConfig
+from longtake.train.vae_schema import AdversaryConfig, VAELossConfig
 
 STAGES = ("vae", "dit")
 CODECS = ("vae", "identity")
 PREDICTIONS = ("velocity", "clean")
-
-
-def choice(key: str, value: Any, allowed: tuple[str, ...], remedy: str = "") -> None:
-    text = f"{key}={value} must be one of {', '.join(allowed)}"
-    require(value in allowed, f"{text}: {remedy}" if remedy else text)
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -104,13 +95,6 @@ class ValidationConfig:
         require(self.num_videos >= 0, f"validation.num_videos={self.num_videos} must be >= 0")
         for level in self.noise_levels:
             require(0.0 < level <= 1.0, f"validation.noise_levels has {level}, must be in (0, 1]")
-
-
-@dataclass(frozen=True)
-class VAELossConfig:
-    l1: float  # weight of the mean absolute error, pixels in [-1, 1]
-    mse: float  # weight of the mean squared error
-    kl: float  # weight of the mean KL per latent value, nats
 
 
 @dataclass(frozen=True)
@@ -203,7 +187,10 @@ class VAERun(RunConfig):
     """A run of stage=vae: the video autoencoder."""
 
     vae: VAEConfig
+    init_from: str | None  # run, checkpoint or diffusers folder whose weights it starts from
+    freeze: list[str]  # patterns of parameter names that stay as they are, such as "encoder.*"
     loss: VAELossConfig
+    discriminator: AdversaryConfig
 
 
 @dataclass(frozen=True)

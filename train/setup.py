@@ -18,6 +18,7 @@ from longtake.data.latents import read_empty_text, read_manifest, refuse_other_v
 from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
+from longtake.train.checks import require
 from longtake.train.codec import check_text, keep_manifest, load_codec
 from longtake.train.config import (
     check_world_size,
@@ -31,6 +32,7 @@ from longtake.train.dit_task import DiTTask
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
 from longtake.train.health import Quarantine, StopSignal
+from longtake.train.init_from import start_from
 from longtake.train.metrics import WeightedMean
 from longtake.train.run_folder import (
     CHECKPOINTS,
@@ -43,10 +45,11 @@ from longtake.train.run_folder import (
     read_marker,
 )
 from longtake.train.runs import RunPlace, pick_device
-from longtake.train.schema import DiTRun, VAERun, require
-from longtake.train.tasks import Task, VAETask
+from longtake.train.schema import DiTRun, VAERun
+from longtake.train.tasks import Opponent, Task
 from longtake.train.tracking import Tracker
 from longtake.train.trainer import Training, Validation
+from longtake.train.vae_task import VAETask
 from longtake.train.world_evaluation import WorldEvaluation, prompts_of
 
 FRESH: dict[str, Any] = {
@@ -161,10 +164,10 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     """Build the weights, read the last good checkpoint; ready for the loop."""
     config, folder, plan = prepared.config, prepared.folder, prepared.plan
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
-    task = _build_task(config, folder, ranks.device)
+    task = _build_task(config, folder, ranks)
     engine = Engine(task.module, config.optim, config.engine, ranks)
     ema = Ema(engine, config.ema.decay)
-    state = _resume(prepared, engine, ema, ranks)
+    state = _resume(prepared, engine, ema, task.adversary, ranks)
     log = folder / QUARANTINE if ranks.is_main else None
     quarantine = Quarantine(log, config.data.max_bad_fraction, plan.num_samples)
     written = Quarantine.read_rows(folder / QUARANTINE) if ranks.is_main else None
@@ -232,12 +235,13 @@ def _prepare_torch(config: VAERun | DiTRun) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _build_task(config: VAERun | DiTRun, folder: Path, device: torch.device) -> Task:
+def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> Task:
     if isinstance(config, VAERun):
-        for bucket in config.data.buckets:
-            config.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
-        return VAETask(config, device)
-    codec = load_codec(config, folder=folder, device=device)
+        task = VAETask(config, ranks)
+        if config.init_from and not checkpoint.list_steps(folder / CHECKPOINTS):
+            start_from(task.module, config.init_from)
+        return task
+    codec = load_codec(config, folder=folder, device=ranks.device)
     for bucket in config.data.buckets:
         latents = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
         config.model.grid(latents[1:])
@@ -246,15 +250,17 @@ def _build_task(config: VAERun | DiTRun, folder: Path, device: torch.device) -> 
             f"data.buckets has {bucket.name}: tasks.i2v={config.tasks.get('i2v')} needs more than "
             "the one latent frame that is given; set tasks.i2v=0 or use longer clips",
         )
-    return DiTTask(config, device, codec)
+    return DiTTask(config, ranks.device, codec)
 
 
-def _resume(prepared: Prepared, engine: Engine, ema: Ema, ranks: Ranks) -> dict[str, Any]:
+def _resume(
+    prepared: Prepared, engine: Engine, ema: Ema, adversary: Opponent | None, ranks: Ranks
+) -> dict[str, Any]:
     """State of the last good checkpoint, its tensors now in engine and EMA; FRESH without one."""
     path = checkpoint.find_last_good(prepared.folder / CHECKPOINTS, ranks)
     if path is None:
         return FRESH
-    state = checkpoint.load_into(path, engine, ema)
+    state = checkpoint.load_into(path, engine, ema, adversary)
     steps = prepared.config.train.steps
     step = state["step"]
     require(step <= steps, f"train.steps={steps} lies before the {step} steps of {path}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -60,6 +62,19 @@ class StateReader(Protocol):
         ...
 
 
+class RenamedReader:
+    """Another reader's kinds that begin with `prefix`, without it: the state of a second engine."""
+
+    def __init__(self, reader: StateReader, prefix: str, optimizer_steps: int) -> None:
+        self.reader, self.prefix, self.optimizer_steps = reader, prefix, optimizer_steps
+
+    def shape(self, kind: str, name: str) -> tuple[int, ...] | None:
+        return self.reader.shape(self.prefix + kind, name)
+
+    def read(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.reader.read(self.prefix + kind, name, start, stop)
+
+
 class Strategy(Protocol):
     """One way to hold and update parameters and moments; `engine.strategy` chooses it.
 
@@ -71,6 +86,10 @@ class Strategy(Protocol):
     def backward(self, loss: torch.Tensor, *, last: bool) -> None: ...
 
     def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult: ...
+
+    def whole_weights(self, module: nn.Module) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        """Every parameter of the forward, gathered where ranks hold shards, and detached."""
+        ...
 
     def held_ranges(self) -> Iterator[StateRange]:
         """Parameters and moments in this rank's memory: whole tensors or the rank's shard."""
@@ -85,6 +104,11 @@ class Strategy(Protocol):
     def refresh(self) -> None:
         """Makes every rank's forward use the parameters in the owned ranges; all ranks together."""
         ...
+
+
+def detached(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by name, without their history."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
 def whole(kind: str, name: str, tensor: torch.Tensor) -> StateRange:

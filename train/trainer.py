@@ -191,6 +191,7 @@ class Training:
             "data_hash": self.data_hash,
             "losses": self.losses.state(self.ranks),
             "exclusions": self.quarantine.state(),
+            "adversary": self.task.adversary.state() if self.task.adversary else None,
             "plan": self.plan.fingerprint,
         }
         checkpoint.save(
@@ -200,6 +201,7 @@ class Training:
             self.ema,
             state,
             to_tree(self.config),
+            adversary=self.task.adversary,
             keep_last=self.config.train.keep_last,
         )
 
@@ -256,11 +258,15 @@ def train(run: Training) -> bool:
         stop = agreed.stop
         for index, batch in enumerate(batches):
             loss = task.loss(engine, batch)
-            engine.backward(loss.total / agreed.weight, last=index == len(batches) - 1)
+            is_end = index == len(batches) - 1
+            engine.backward(loss.total / agreed.weight, last=is_end)
+            if task.adversary and loss.critic is not None:
+                task.adversary.engine.backward(loss.critic / agreed.weight, last=is_end)
             losses.add(loss)
         losses.add_weight(agreed.weight)
         lr = lr_at(run.config.optim, step, config.steps)
         result = engine.clip_and_step(lr, run.config.optim.max_grad_norm)
+        played = task.adversary.finish_step(step, agreed.weight) if task.adversary else {}
         run.step = step + 1
         if not result.skipped:
             run.ema.update(run.step)
@@ -268,7 +274,7 @@ def train(run: Training) -> bool:
         speed.count(agreed.samples, agreed.tokens)
         if run.step % config.log_every == 0 or run.step == config.steps:
             row = {"lr": lr, "grad_norm": result.grad_norm, "samples_seen": run.samples_seen}
-            row |= {**losses.read(run.ranks), **speed.read()}  # a host sync
+            row |= {**played, **losses.read(run.ranks), **speed.read()}  # a host sync
             run.log({**row, "data_hash": run.data_hash})
         run.console.advance(run.step)
 

@@ -1,0 +1,175 @@
+"""The video autoencoder's task: reconstruct the clip, please the critic, keep latents near normal.
+
+The objective is that of a VAE (arXiv 1312.6114 eq. 10) with a weight per term; the adversarial term
+is that of VQGAN (arXiv 2012.09841).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from longtake.data.loader import Batch
+from longtake.data.plan import PlannedSample
+from longtake.models.vae import VAE, Posterior
+from longtake.train import fidelity, vae_losses
+from longtake.train.adversary import Adversary
+from longtake.train.engine import Engine, Ranks
+from longtake.train.latent_figures import LatentFigures
+from longtake.train.playback import to_frames
+from longtake.train.schema import VAERun
+from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
+from longtake.train.vae_schema import measured_terms
+
+ERRORS = {
+    "l1": vae_losses.absolute,
+    "mse": vae_losses.squared,
+    "charbonnier": vae_losses.charbonnier,
+    "detail": vae_losses.detail,
+    "flicker": vae_losses.flicker,
+}
+
+
+class VAETask:
+    """Weighted reconstruction terms plus KL, and an adversary where the config has one."""
+
+    def __init__(self, config: VAERun, ranks: Ranks) -> None:
+        self.config = config
+        self.device = ranks.device
+        for bucket in config.data.buckets:
+            config.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+        self.module = VAE(config.vae)
+        freeze(self.module, config.freeze)
+        self.terms = measured_terms(config.loss)
+        term = config.loss.perceptual
+        self.perceptual = (
+            vae_losses.Perceptual(term.weights, term.frames, self.device)
+            if term.weights is not None
+            else None
+        )
+        self.adversary = Adversary(config, ranks) if config.loss.adversarial.weight > 0 else None
+
+    def weight(self, sample: PlannedSample) -> float:
+        """Pixels of the clip: every pixel counts alike."""
+        frames, height, width = sample.shape
+        return float(frames * height * width)
+
+    def tokens(self, sample: PlannedSample) -> int:
+        """Latent positions of the clip; ValueError where the VAE cannot take its size."""
+        frames, height, width = self.config.vae.latent_shape(*sample.shape)
+        return frames * height * width
+
+    def loss(self, engine: Engine, batch: Batch) -> LossSum:
+        """Terms of optimizer step `batch.step`; the critic's lesson comes with it."""
+        video = batch.stack_video().to(self.device)  # (B, 3, T, H, W)
+        samples = [clip.sample for clip in batch.clips]
+        shape = (self.config.vae.z_dim, *self.config.vae.latent_shape(*video.shape[2:]))
+        noise = normal_draws(samples, shape, "posterior").to(self.device)
+        pixels, posterior = engine(video, noise)
+        pixels = pixels.float()
+        weights = torch.tensor([self.weight(s) for s in samples], device=self.device)
+        adversary, step = self.adversary, batch.step
+        heard = adversary is not None and adversary.is_heard(step)
+        # The adaptive weight needs gradients at the pixels before there is a backward of the VAE.
+        seen = pixels.detach().requires_grad_() if heard else pixels
+        terms = self._measure(seen, video)
+        kl = posterior.kl() / posterior.mean[0].numel()  # (B,) nats per latent value
+        rates = {name: term.at(step) for name, term in self.terms.items()}
+        reconstruction = sum((rates[n] * terms[n] for n in terms), torch.zeros_like(kl))  # (B,)
+        charged = (weights * reconstruction).sum()
+        regular = (weights * self.config.loss.kl.at(step) * kl).sum()
+        parts = {name: (weights * x).sum().detach() for name, x in {**terms, "kl": kl}.items()}
+        if adversary is None:
+            return LossSum(charged + regular, parts)
+        adversary.watch(charged)
+        if heard:
+            (slope,) = torch.autograd.grad(charged, seen)
+            away, said = adversary.charge(pixels, weights, slope)
+            parts |= said
+            push = ((slope + away) * pixels).sum()  # has that gradient; its value means nothing
+            charged = charged.detach() + push - push.detach()
+        if not adversary.learns(step):
+            return LossSum(charged + regular, parts)
+        lesson = adversary.lesson(pixels, video, weights, samples)
+        return LossSum(charged + regular, parts | lesson.parts, critic=lesson.total)
+
+    def _measure(self, pixels: Tensor, video: Tensor) -> dict[str, Tensor]:
+        """Every term with a weight, (B,) each."""
+        error = pixels - video
+        found = {name: ERRORS[name](error) for name in self.terms if name in ERRORS}
+        if self.perceptual is not None and "perceptual" in self.terms:
+            found["perceptual"] = self.perceptual(pixels, video)
+        return found
+
+    @torch.no_grad()
+    def validate(self, engine: Engine, batches: Iterable[Batch]) -> Means:
+        """How the posterior mean is reconstructed, and what the latents are like.
+
+        PSNR (dB), SSIM, flicker beside the truth's, LPIPS where its file is given, L1: means over
+        clips, `psnr/9x16x16` those of a bucket. Latent figures as of `LatentFigures`.
+        """
+        latents = LatentFigures(self.config.vae.z_dim)
+        means = Means(latents.summary)
+        for batch in batches:
+            video = batch.stack_video().to(self.device)
+            pixels, posterior = self._reconstruct(engine, video)
+            if not batch.counted:  # keeps the ranks in step, belongs to nobody
+                continue
+            bucket = "x".join(str(size) for size in video.shape[2:])
+            for name, values in self._figures(pixels, video).items():
+                for key in (name, f"{name}/{bucket}"):
+                    means.add(key, values.double().sum().item(), len(values))
+            latents.add(means, posterior.mean.float())
+        return means
+
+    def _figures(self, pixels: Tensor, video: Tensor) -> dict[str, Tensor]:
+        """Per clip, (B,) each."""
+        drawn, true = (pixels + 1) / 2, (video + 1) / 2
+        found = {"psnr": fidelity.psnr(drawn, true), "l1": vae_losses.absolute(pixels - video)}
+        if min(video.shape[-2:]) >= fidelity.SSIM_WINDOW:
+            found["ssim"] = fidelity.ssim(drawn, true)
+        if video.shape[2] >= 3:
+            found["flicker"] = fidelity.flicker(drawn)
+            found["flicker_of_truth"] = fidelity.flicker(true)
+        if self.perceptual is not None:
+            found["lpips"] = self.perceptual(pixels, video)
+        return found
+
+    @torch.no_grad()
+    def draw(self, engine: Engine, batches: Sequence[Batch]) -> list[Drawing]:
+        """Truth, reconstruction and their difference around grey, from left to right."""
+        drawings = []
+        for batch in batches:
+            video = batch.stack_video().to(self.device)
+            pixels, _ = self._reconstruct(engine, video)
+            triples = torch.cat((video, pixels, pixels - video), dim=-1)  # (B, 3, T, H, 3W)
+            for clip, triple in zip(batch.clips, triples.clamp(-1, 1), strict=True):
+                name = f"reconstruction-{len(drawings):02d}"
+                drawings.append(Drawing(name, to_frames(triple), clip.fps, clip.caption))
+        return drawings
+
+    def _reconstruct(self, engine: Engine, video: Tensor) -> tuple[Tensor, Posterior]:
+        """Clamped pixels and posterior, without posterior noise."""
+        shape = (self.config.vae.z_dim, *self.config.vae.latent_shape(*video.shape[2:]))
+        silence = torch.zeros((len(video), *shape), device=self.device)
+        pixels, posterior = engine(video, silence)
+        return pixels.float().clamp(-1, 1), posterior
+
+
+def freeze(module: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters whose name fits a pattern (`encoder.*`, as in a shell) are not trained.
+
+    ValueError for a pattern that fits none, or patterns that leave nothing to train.
+    """
+    for pattern in patterns:
+        named = [p for name, p in module.named_parameters() if fnmatchcase(name, pattern)]
+        if not named:
+            first = ", ".join(name for name, _ in list(module.named_parameters())[:3])
+            raise ValueError(f"freeze has {pattern}: no parameter is called so (such as {first})")
+        for parameter in named:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"freeze={list(patterns)} leaves nothing to train")
