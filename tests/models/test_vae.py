@@ -8,8 +8,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor, nn
 
 from longtake.models.interop import vae_from_diffusers, vae_to_diffusers
-from longtake.models.vae import VAE, Posterior, VAEConfig, vae_hash
+from longtake.models.vae import VAE, Posterior, vae_hash
 from longtake.models.vae_blocks import CausalConv3d
+from longtake.models.vae_config import VAEConfig
 
 TINY = VAEConfig(
     base_dim=8, z_dim=4, dim_mult=(1, 2), temporal_downsample=(True,), num_res_blocks=1
