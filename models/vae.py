@@ -17,19 +17,18 @@ from torch import Tensor, nn
 from longtake.models.vae_blocks import (
     AverageDown,
     Block,
-    CausalConv3d,
     ChannelNormSilu,
     Downsample,
     DuplicateUp,
     FrameAttention,
     ResidualBlock,
-    Stream,
     Upsample,
     head_frames,
     pack_pixels,
     unpack_pixels,
 )
 from longtake.models.vae_config import VAEConfig
+from longtake.models.vae_conv import CausalConv3d, Stream
 
 
 @dataclass(frozen=True)
@@ -180,6 +179,12 @@ class Decoder(nn.Module):
         return unpack_pixels(self.conv_out(self.norm_out(x), stream), self.patch_size)
 
 
+def check_layout(x: Tensor, channels: int, what: str) -> None:
+    """ValueError unless x is (B, channels, T, H, W), none of them zero."""
+    if x.dim() != 5 or x.shape[1] != channels or not x.numel():
+        raise ValueError(f"{what} of shape {tuple(x.shape)}: expected (B, {channels}, T, H, W)")
+
+
 class VAE(nn.Module):
     """Video VAE; see the module's docstring. `encode` and `decode` are differentiable."""
 
@@ -206,14 +211,11 @@ class VAE(nn.Module):
         With `stream`, x goes on where the last chunk ended, and T = st·k after the first. Raises
         ValueError for a channel count, frame count or size that the VAE cannot take.
         """
-        if x.dim() != 5 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"video of shape {tuple(x.shape)}: expected (B, {self.config.in_channels}, T, H, W)"
-            )
+        check_layout(x, self.config.in_channels, "video")
         frames = x.shape[2]
         if not head_frames(stream):
             stride = self.strides[0]
-            if not frames or frames % stride:
+            if frames % stride:
                 raise ValueError(f"chunk of {frames} frames: after the first, {stride}·k is needed")
             frames += 1
         self.config.latent_shape(frames, *x.shape[3:])
@@ -229,10 +231,7 @@ class VAE(nn.Module):
 
         With `stream`, z goes on where the last chunk ended: any number of frames.
         """
-        if z.dim() != 5 or z.shape[1] != self.config.z_dim or not z.shape[2]:
-            raise ValueError(
-                f"latents of shape {tuple(z.shape)}: expected (B, {self.config.z_dim}, T, H, W)"
-            )
+        check_layout(z, self.config.z_dim, "latents")
         z = z.contiguous(memory_format=torch.channels_last_3d)
         pixels = self.decoder(self.post_quant(z), stream).float().contiguous()
         if stream is not None:

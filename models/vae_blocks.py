@@ -14,84 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.models import fused
 from longtake.models.attention import attention
-
-# aten sends fp32 convolutions of one sample with N·C·T·H at or below this to slow_conv3d, which is
-# 6 to 18 times slower than oneDNN.
-SLOW_CONV_LIMIT = 20480
-
-
-class Stream:
-    """What one causal pass in chunks remembers: the last frames that each module has seen.
-
-    `is_started` says that the first chunk, the one with the clip's frame 0, has gone through.
-    """
-
-    def __init__(self) -> None:
-        self.is_started = False
-        self._last: dict[nn.Module, Tensor] = {}
-
-    def join(self, module: nn.Module, x: Tensor, length: int) -> Tensor:
-        """x behind the last `length` frames that `module` saw before, or as many as it did see."""
-        if module in self._last:
-            x = torch.cat((self._last[module], x), dim=2)
-        self._last[module] = x[:, :, -length:].clone()  # a view would keep the whole chunk
-        return x
+from longtake.models.vae_conv import CausalConv3d, Stream, convolve
 
 
 def head_frames(stream: Stream | None) -> int:
     """Frames of this pass that change of frame rate leaves alone: frame 0 of the clip."""
     return 0 if stream is not None and stream.is_started else 1
-
-
-class CausalConv3d(nn.Conv3d):
-    """3-D convolution that sees no later frame: zeros stand for the frames before the first.
-
-    (B, C, T, H, W) → (B, C', T', H, W); T' = T at stride 1. `history=False` leaves the zeros out.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int, int] = (3, 3, 3),
-        *,
-        time_stride: int = 1,
-        history: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=(time_stride, 1, 1))
-        self.history = kernel_size[0] - 1 if history else 0
-        self.space = (kernel_size[1] // 2, kernel_size[2] // 2)
-
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        taps, stride, zeros = self.kernel_size[0], self.stride[0], self.history
-        if stream is not None and self.history:
-            chunk, x = x, stream.join(self, x, self.history)
-            zeros -= x.shape[2] - chunk.shape[2]
-        frames = (x.shape[2] + zeros - taps) // stride + 1
-        if frames == 1:  # the zeros in front add nothing: a 2-D convolution over the real frames
-            return self._one_frame(x[:, :, : taps - zeros])
-        if zeros:
-            x = F.pad(x, (0, 0, 0, 0, zeros, 0))
-        if not self._is_slow(x):
-            return F.conv3d(x, self.weight, self.bias, self.stride, (0, *self.space))
-        half = (frames + 1) // 2  # two overlapping halves as a batch of two
-        span = stride * (half - 1) + taps
-        start = stride * (frames - half)
-        x = torch.cat((x[:, :, :span], x[:, :, start : start + span]))
-        y = F.conv3d(x, self.weight, self.bias, self.stride, (0, *self.space))
-        return torch.cat((y[:1], y[1:, :, 2 * half - frames :]), dim=2)
-
-    def _one_frame(self, x: Tensor) -> Tensor:
-        weight = self.weight[:, :, -x.shape[2] :].flatten(1, 2)
-        y = F.conv2d(x.flatten(1, 2), weight, self.bias, padding=self.space)
-        return y.unsqueeze(2)  # (B, C', 1, H, W)
-
-    def _is_slow(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] != 1:
-            return False
-        if torch.is_autocast_enabled("cpu"):
-            return False
-        return x.shape[:4].numel() <= SLOW_CONV_LIMIT
 
 
 class ChannelNorm(nn.Module):
@@ -215,7 +143,9 @@ class Upsample(Block):
             pairs = self.time(x[:, :, head:], stream).unflatten(1, (2, -1))  # (B, 2, C, n, H, W)
             pairs = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2n, H, W)
             x = torch.cat((x[:, :, :head], pairs), dim=2)
-        return over_frames(lambda frame: self.space(double(frame)), x)
+        return over_frames(
+            lambda frame: convolve(double(frame), self.space.weight, self.space.bias), x
+        )
 
 
 class AverageDown(nn.Module):
