@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.models import fused
 from longtake.models.attention import attention
-from longtake.models.vae_conv import CausalConv3d, Stream, convolve
+from longtake.models.vae_conv import CausalConv3d, FrameConv2d, Stream
 
 
 def head_frames(stream: Stream | None) -> int:
-    """Frames of this pass that change of frame rate leaves alone: frame 0 of the clip."""
+    """Frames of this pass that no change of frame rate touches: the clip's frame 0."""
     return 0 if stream is not None and stream.is_started else 1
 
 
@@ -134,7 +134,7 @@ class Upsample(Block):
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
-        self.space = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.space = FrameConv2d(channels, out_channels)
         self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
     def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
@@ -143,9 +143,7 @@ class Upsample(Block):
             pairs = self.time(x[:, :, head:], stream).unflatten(1, (2, -1))  # (B, 2, C, n, H, W)
             pairs = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2n, H, W)
             x = torch.cat((x[:, :, :head], pairs), dim=2)
-        return over_frames(
-            lambda frame: convolve(double(frame), self.space.weight, self.space.bias), x
-        )
+        return over_frames(lambda frame: self.space(double(frame)), x)
 
 
 class AverageDown(nn.Module):

@@ -62,7 +62,7 @@ class VAEConfig:
         cells = [8 if temporal else 4 for temporal in self.temporal_downsample]  # values in a cell
         befores = (self.base_dim, *down[:-1])
         groups = [(n * c, to) for n, to, c in zip(befores, down, (*cells, 1), strict=True)]
-        befores = (up[0], *up[:-2])
+        befores = (up[0], *up)[: len(cells)]
         groups += [(to * c, n) for n, to, c in zip(befores, up[:-1], cells[::-1], strict=True)]
         for whole, part in groups:
             if whole % part:

@@ -88,9 +88,21 @@ class CausalConv3d(nn.Conv3d):
         return F.linear(seen.movedim(1, -1), weight, self.bias).movedim(-1, 1)
 
 
+class FrameConv2d(nn.Conv2d):
+    """3×3 convolution of frames: (N, C, H, W) → (N, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias)
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, time_stride: int = 1) -> Tensor:
-    """Convolution, zeros around the frame only: (B, C, T, H, W) with a 3-D or (N, C, H, W) with a
-    2-D kernel."""
+    """Convolution with zeros around the frame, in time none.
+
+    x is (B, C, T, H, W) for a 3-D kernel, (N, C, H, W) for a 2-D one. Odd kernels keep H and W.
+    """
     if time_stride == 1 and _by_products(x, weight):
         return _Convolution.apply(x, weight, bias)
     padding = _padding(weight)

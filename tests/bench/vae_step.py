@@ -7,6 +7,7 @@ distance between the two gradients as a share of their length.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -102,8 +103,8 @@ def distance(ours: VAE, theirs: Any) -> float:
     nothing = [0.0] * ours.config.z_dim
     found = vae_to_diffusers(gradients, latents_mean=nothing, latents_std=nothing).parameters()
     pairs = [(a.data, b.grad) for a, b in zip(found, theirs.parameters(), strict=True)]
-    apart = sum((a - b).square().sum() for a, b in pairs)
-    return (apart / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+    apart = sum((a - b).square().sum().item() for a, b in pairs)
+    return math.sqrt(apart / sum(b.square().sum().item() for _, b in pairs))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def test_weight_gradient_by_products_equals_the_plain_one(shape: tuple[int, ...]
     dims = len(shape) - 2
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(18, shape[1], *[3] * (dims - 2), 3, 3)[:, :, : shape[2]]
-    inputs = [x, weight.clone().requires_grad_(), torch.randn(18, requires_grad=True)]
-    plain = (nn.functional.conv2d, nn.functional.conv3d)[dims - 2]
+    inputs = x, weight.clone().requires_grad_(), torch.randn(18, requires_grad=True)
+    plain: Any = (nn.functional.conv2d, nn.functional.conv3d)[dims - 2]
     expected = plain(*inputs, padding=(*[0] * (dims - 2), 1, 1))
     found = convolve(*inputs)
     assert found.grad_fn is not None and found.grad_fn.name() == "_ConvolutionBackward"
@@ -226,6 +227,7 @@ def test_wrong_videos_are_refused(shape: tuple[int, ...], rule: str) -> None:
         ({"base_dim": 0}, "vae.base_dim=0"),
         ({"base_dim": 7, "dim_mult": (1, 3)}, "even"),
         ({"patch_size": 0}, "vae.patch_size=0"),
+        ({"dim_mult": (3,), "temporal_downsample": (), "residual": True}, "8 values .* 24 equal"),
         ({"dim_mult": (2, 4), "residual": True}, "16 values do not make 32 equal groups"),
         ({"dim_mult": (5, 3), "residual": True}, "vae.dim_mult=\\(5, 3\\)"),
     ],
