@@ -113,7 +113,7 @@ class Downsample(Block):
         self.space = nn.Conv2d(channels, channels, 3, stride=2)
         self.time = None
         if temporal:
-            self.time = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2, history=False)
+            self.time = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2)
 
     def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
         x = over_frames(lambda frame: self.space(F.pad(frame, (0, 1, 0, 1))), x)

@@ -39,7 +39,8 @@ class Stream:
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees no later frame: zeros stand for the frames before the first.
 
-    (B, C, T, H, W) → (B, C', T', H, W); T' = T at stride 1. `history=False` leaves the zeros out.
+    (B, C, T, H, W) → (B, C', T, H, W). With a stride in time, for kernels of one pixel only,
+    nothing stands before the first frame.
     """
 
     def __init__(
@@ -49,41 +50,48 @@ class CausalConv3d(nn.Conv3d):
         kernel_size: tuple[int, int, int] = (3, 3, 3),
         *,
         time_stride: int = 1,
-        history: bool = True,
     ) -> None:
+        assert time_stride == 1 or kernel_size[1:] == (1, 1)
         super().__init__(in_channels, out_channels, kernel_size, stride=(time_stride, 1, 1))
-        self.history = kernel_size[0] - 1 if history else 0
+        self.history = kernel_size[0] - 1 if time_stride == 1 else 0
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        taps, stride, zeros = self.kernel_size[0], self.stride[0], self.history
+        taps, zeros = self.kernel_size[0], self.history
         if stream is not None and self.history:
             chunk, x = x, stream.join(self, x, self.history)
             zeros -= x.shape[2] - chunk.shape[2]
-        frames = (x.shape[2] + zeros - taps) // stride + 1
-        if frames == 1:  # the zeros in front add nothing: a 2-D convolution over the real frames
-            return self._one_frame(x[:, :, : taps - zeros])
-        if zeros:
-            x = F.pad(x, (0, 0, 0, 0, zeros, 0))
         if self.kernel_size[1:] == (1, 1):
-            return self._over_time(x, frames)
-        if not _is_slow(x):
-            return convolve(x, self.weight, self.bias, stride)
-        half = (frames + 1) // 2  # two overlapping halves as a batch of two
-        span = stride * (half - 1) + taps
-        start = stride * (frames - half)
-        x = torch.cat((x[:, :, :span], x[:, :, start : start + span]))
-        y = convolve(x, self.weight, self.bias, stride)
-        return torch.cat((y[:1], y[1:, :, 2 * half - frames :]), dim=2)
+            return self._over_time(F.pad(x, (0, 0, 0, 0, zeros, 0)))
+        # The zeros add nothing: the frames that would see them are convolved with fewer taps.
+        first, length = taps - zeros, x.shape[2]
+        parts = [self._one_frame(x[:, :, :seen]) for seen in range(first, min(taps, length + 1))]
+        if length >= taps:
+            parts.append(self._full_frames(x))
+        return torch.cat(parts, dim=2)
 
     def _one_frame(self, x: Tensor) -> Tensor:
+        """The frame that sees all of x and nothing else: a 2-D convolution."""
         weight = self.weight[:, :, -x.shape[2] :].flatten(1, 2)
         return convolve(x.flatten(1, 2), weight, self.bias).unsqueeze(2)  # (B, C', 1, H, W)
 
-    def _over_time(self, x: Tensor, frames: int) -> Tensor:
+    def _full_frames(self, x: Tensor) -> Tensor:
+        """The T − taps + 1 frames that see as many frames of x as the kernel has taps."""
+        taps = self.kernel_size[0]
+        frames = x.shape[2] - taps + 1
+        if frames == 1:
+            return self._one_frame(x)
+        if not _is_slow(x):
+            return convolve(x, self.weight, self.bias)
+        half = (frames + 1) // 2  # two overlapping halves as a batch of two
+        x = torch.cat((x[:, :, : half + taps - 1], x[:, :, frames - half :]))
+        y = convolve(x, self.weight, self.bias)
+        return torch.cat((y[:1], y[1:, :, 2 * half - frames :]), dim=2)
+
+    def _over_time(self, x: Tensor) -> Tensor:
         """A kernel of one pixel is one product with the frames it sees; oneDNN declines it."""
         taps, stride = self.kernel_size[0], self.stride[0]
-        span = stride * (frames - 1) + 1
-        seen = torch.cat([x[:, :, tap : tap + span : stride] for tap in range(taps)], dim=1)
+        last = x.shape[2] - taps + 1
+        seen = torch.cat([x[:, :, tap : tap + last : stride] for tap in range(taps)], dim=1)
         weight = self.weight.transpose(1, 2).flatten(1)  # (C', taps·C)
         return F.linear(seen.movedim(1, -1), weight, self.bias).movedim(-1, 1)
 
@@ -98,17 +106,15 @@ class FrameConv2d(nn.Conv2d):
         return convolve(x, self.weight, self.bias)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, time_stride: int = 1) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolution with zeros around the frame, in time none.
 
     x is (B, C, T, H, W) for a 3-D kernel, (N, C, H, W) for a 2-D one. Odd kernels keep H and W.
     """
-    if time_stride == 1 and _by_products(x, weight):
+    if _by_products(x, weight):
         return _Convolution.apply(x, weight, bias)
-    padding = _padding(weight)
-    if x.dim() == 4:
-        return F.conv2d(x, weight, bias, padding=padding)
-    return F.conv3d(x, weight, bias, (time_stride, 1, 1), padding)
+    convolution = F.conv2d if x.dim() == 4 else F.conv3d
+    return convolution(x, weight, bias, padding=_padding(weight))
 
 
 class _Convolution(Function):
