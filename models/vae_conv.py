@@ -62,12 +62,9 @@ class CausalConv3d(nn.Conv3d):
             zeros -= x.shape[2] - chunk.shape[2]
         if self.kernel_size[1:] == (1, 1):
             return self._over_time(F.pad(x, (0, 0, 0, 0, zeros, 0)))
-        # The zeros add nothing: the frames that would see them are convolved with fewer taps.
-        first, length = taps - zeros, x.shape[2]
-        parts = [self._one_frame(x[:, :, :seen]) for seen in range(first, min(taps, length + 1))]
-        if length >= taps:
-            parts.append(self._full_frames(x))
-        return torch.cat(parts, dim=2)
+        if x.shape[2] + zeros == taps:  # the zeros add nothing: a convolution of the real frames
+            return self._one_frame(x)
+        return self._full_frames(F.pad(x, (0, 0, 0, 0, zeros, 0)) if zeros else x)
 
     def _one_frame(self, x: Tensor) -> Tensor:
         """The frame that sees all of x and nothing else: a 2-D convolution."""
@@ -78,8 +75,6 @@ class CausalConv3d(nn.Conv3d):
         """The T − taps + 1 frames that see as many frames of x as the kernel has taps."""
         taps = self.kernel_size[0]
         frames = x.shape[2] - taps + 1
-        if frames == 1:
-            return self._one_frame(x)
         if not _is_slow(x):
             return convolve(x, self.weight, self.bias)
         half = (frames + 1) // 2  # two overlapping halves as a batch of two
