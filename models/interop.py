@@ -5,14 +5,15 @@ are one matrix, 1×1 kernels and patch convolutions are matrices.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from longtake.models.dit import DiT, DiTConfig
-from longtake.models.vae import VAE, VAEConfig
+from longtake.models.vae import VAE
+from longtake.models.vae_config import VAEConfig
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -27,12 +28,17 @@ _VAE_RULES = (
     (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.2\.", ".mid_block.resnets.1."),
     (r"^decoder\.stages\.(\d+)\.blocks\.", r"decoder.up_blocks.\1.resnets."),
-    (r"^decoder\.stages\.(\d+)\.up\.", r"decoder.up_blocks.\1.upsamplers.0."),
     (r"\.space\.", ".resample.1."),
     (r"\.time\.", ".time_conv."),
     (r"\.shortcut\.", ".conv_shortcut."),
     (r"(\.norm\w*)\.weight$", r"\1.gamma"),
 )
+_RESIDUAL_VAE_RULES = (
+    (r"^encoder\.stages\.(\d+)\.blocks\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.stages\.(\d+)\.down\.", r"encoder.down_blocks.\1.downsampler."),
+    (r"^decoder\.stages\.(\d+)\.up\.", r"decoder.up_blocks.\1.upsampler."),
+)
+_PLAIN_VAE_RULES = ((r"^decoder\.stages\.(\d+)\.up\.", r"decoder.up_blocks.\1.upsamplers.0."),)
 _DIT_RULES = (
     (r"^patch_embed\.", "patch_embedding."),
     (r"^time_embed\.fc(\d)\.", r"condition_embedder.time_embedder.linear_\1."),
@@ -52,11 +58,19 @@ _DIT_RULES = (
 
 def vae_config_from_diffusers(config: dict) -> VAEConfig:
     """Our sizes of an `AutoencoderKLWan` config. ValueError for what this VAE does not do."""
-    for key in ("is_residual", "attn_scales", "patch_size"):
-        if config.get(key):
+    if config["attn_scales"]:
+        raise ValueError(
+            f"AutoencoderKLWan config has attn_scales={config['attn_scales']}: it must be empty, "
+            "attention at those resolutions cannot run in the peer either"
+        )
+    patch = config["patch_size"] or 1
+    channels = {}
+    for key in ("in_channels", "out_channels"):
+        channels[key], rest = divmod(config[key], patch**2)
+        if rest:
             raise ValueError(
-                f"AutoencoderKLWan config has {key}={config[key]}: only the Wan 2.1 generation "
-                "without attention scales is supported"
+                f"AutoencoderKLWan config has {key}={config[key]}: it must be a multiple of "
+                f"patch_size² = {patch**2}"
             )
     return VAEConfig(
         base_dim=config["base_dim"],
@@ -65,8 +79,9 @@ def vae_config_from_diffusers(config: dict) -> VAEConfig:
         dim_mult=tuple(config["dim_mult"]),
         temporal_downsample=tuple(config["temperal_downsample"]),
         num_res_blocks=config["num_res_blocks"],
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
+        residual=config["is_residual"],
+        patch_size=patch,
+        **channels,
     )
 
 
@@ -74,7 +89,7 @@ def vae_from_diffusers(module: "AutoencoderKLWan") -> VAE:
     """A VAE with the weights of an `AutoencoderKLWan`."""
     vae = VAE(vae_config_from_diffusers(dict(module.config)))
     theirs, ours = module.state_dict(), vae.state_dict()
-    names = _vae_names(ours, vae.config)
+    names = _vae_names(vae.config, ours)
     _check_names(set(names.values()), set(theirs), "AutoencoderKLWan")
     vae.load_state_dict({name: theirs[names[name]].reshape(ours[name].shape) for name in ours})
     return vae
@@ -97,13 +112,15 @@ def vae_to_diffusers(
             temperal_downsample=list(config.temporal_downsample),
             latents_mean=list(latents_mean),
             latents_std=list(latents_std),
-            in_channels=config.in_channels,
-            out_channels=config.out_channels,
+            is_residual=config.residual,
+            in_channels=config.in_channels * config.patch_size**2,
+            out_channels=config.out_channels * config.patch_size**2,
+            patch_size=None if config.patch_size == 1 else config.patch_size,
             scale_factor_temporal=config.strides[0],
             scale_factor_spatial=config.strides[1],
         )
     theirs, ours = module.state_dict(), vae.state_dict()
-    names = _vae_names(ours, config)
+    names = _vae_names(config, ours)
     _check_names(set(names.values()), set(theirs), "AutoencoderKLWan")
     module.load_state_dict(
         {names[name]: tensor.reshape(theirs[names[name]].shape) for name, tensor in ours.items()}
@@ -183,18 +200,22 @@ def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
     return module.eval()
 
 
-def _vae_names(ours: dict[str, Tensor], config: VAEConfig) -> dict[str, str]:
-    """Our names → theirs. Their encoder numbers blocks and downsamplings in one flat list."""
-    per_stage = config.num_res_blocks + 1
+def _vae_names(config: VAEConfig, ours: Iterable[str]) -> dict[str, str]:
+    """Our names → theirs. Without residuals their encoder numbers blocks and steps in one list."""
+
+    def flat(match: re.Match[str]) -> str:
+        stage, block = match.groups()
+        last = config.num_res_blocks
+        place = int(stage) * (last + 1) + (last if block is None else int(block))
+        return f"encoder.down_blocks.{place}."
+
     names = {}
     for name in ours:
-        match = re.match(r"encoder\.stages\.(\d+)\.(?:blocks\.(\d+)|down)\.(.*)", name)
         theirs = name
-        if match:
-            stage, block, rest = match.groups()
-            flat = int(stage) * per_stage + int(config.num_res_blocks if block is None else block)
-            theirs = f"encoder.down_blocks.{flat}.{rest}"
-        for pattern, replacement in _VAE_RULES:
+        if not config.residual:
+            theirs = re.sub(r"^encoder\.stages\.(\d+)\.(?:blocks\.(\d+)|down)\.", flat, theirs)
+        rules = _RESIDUAL_VAE_RULES if config.residual else _PLAIN_VAE_RULES
+        for pattern, replacement in (*rules, *_VAE_RULES):
             theirs = re.sub(pattern, replacement, theirs)
         names[name] = theirs
     return names

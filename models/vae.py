@@ -1,8 +1,9 @@
 """Causal 3-D KL VAE for video: 1 + st·k frames to latents and back, in one pass.
 
-For equal sizes and weights it computes the function of diffusers' `AutoencoderKLWan` (Wan 2.1
-generation, arXiv 2503.20314 §4.1), which walks the clip in chunks with a cache. Layout
-(B, C, T, H, W) for pixels in [-1, 1] and latents. An image is a clip of one frame.
+For equal sizes and weights it computes the function of diffusers' `AutoencoderKLWan`, which walks
+the clip in chunks with a cache, in the generations of Wan 2.1 (arXiv 2503.20314 §4.1) and 2.2.
+Layout (B, C, T, H, W) for pixels in [-1, 1] and latents. An image is a clip of one frame.
+`longtake.models.vae_streaming` takes clips of any length and size.
 """
 
 import ctypes
@@ -14,82 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from longtake.models.vae_blocks import (
-    CausalConv3d,
+    AverageDown,
+    Block,
     ChannelNormSilu,
     Downsample,
+    DuplicateUp,
     FrameAttention,
     ResidualBlock,
     Upsample,
+    head_frames,
+    pack_pixels,
+    unpack_pixels,
 )
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Sizes of the VAE.
-
-    One entry of `dim_mult` per resolution; `temporal_downsample` says for each step between two of
-    them whether it also halves time. Strides: `(2^(temporal steps), 2^steps, 2^steps)`.
-    """
-
-    base_dim: int
-    z_dim: int
-    dim_mult: tuple[int, ...]
-    temporal_downsample: tuple[bool, ...]
-    num_res_blocks: int
-    decoder_base_dim: int | None = None
-    in_channels: int = 3
-    out_channels: int = 3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dim_mult", tuple(self.dim_mult))
-        object.__setattr__(self, "temporal_downsample", tuple(self.temporal_downsample))
-        for name in ("base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"vae.{name}={getattr(self, name)} must be at least 1")
-        if not self.dim_mult or min(self.dim_mult) < 1:
-            raise ValueError(
-                f"vae.dim_mult={self.dim_mult} needs one positive entry per resolution"
-            )
-        steps = len(self.dim_mult) - 1
-        if len(self.temporal_downsample) != steps:
-            raise ValueError(
-                f"vae.temporal_downsample={self.temporal_downsample} must have {steps} entries, "
-                f"one less than vae.dim_mult={self.dim_mult}"
-            )
-        if sum(self.temporal_downsample) > 2:
-            raise ValueError(
-                f"vae.temporal_downsample={self.temporal_downsample} may halve time at most twice: "
-                "stock pipelines decode no other VAE; set one entry to false"
-            )
-        for mult in self.dim_mult[1:]:
-            if mult * self.decoder_dim % 2:
-                raise ValueError(
-                    f"vae.dim_mult={self.dim_mult} times the decoder width {self.decoder_dim} "
-                    "must be even: each upsampling halves the channels"
-                )
-
-    @property
-    def decoder_dim(self) -> int:
-        """Channels of the decoder's last resolution, `base_dim` unless set."""
-        return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Pixels per latent in (time, height, width)."""
-        space = 2 ** (len(self.dim_mult) - 1)
-        return 2 ** sum(self.temporal_downsample), space, space
-
-    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latent (T, H, W) of a clip. ValueError where the strides do not divide it."""
-        time, space, _ = self.strides
-        if frames < 1 or (frames - 1) % time:
-            raise ValueError(
-                f"clip of {frames} frames: the VAE needs 1 + {time}·k; "
-                f"use {max(frames - 1, 0) // time * time + 1}"
-            )
-        if height < space or width < space or height % space or width % space:
-            raise ValueError(f"clip of {height}x{width} pixels: both must be multiples of {space}")
-        return 1 + (frames - 1) // time, height // space, width // space
+from longtake.models.vae_config import VAEConfig
+from longtake.models.vae_conv import CausalConv3d, Stream
 
 
 @dataclass(frozen=True)
@@ -110,47 +49,83 @@ class Posterior:
 
 
 class EncoderStage(nn.Module):
-    """The blocks of one resolution, then the step to the next."""
+    """The blocks of one resolution, then the step to the next; temporal=None: no step."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, temporal: bool | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        *,
+        temporal: bool | None,
+        residual: bool,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
         self.blocks = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
         self.down = None if temporal is None else Downsample(out_channels, temporal=temporal)
+        self.shortcut = None
+        if residual:
+            space = 1 if temporal is None else 2
+            self.shortcut = AverageDown(out_channels, 2 if temporal else 1, space)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
+        h = x
         for block in self.blocks:
-            x = block(x)
-        return x if self.down is None else self.down(x)
+            h = block(h, stream)
+        if self.down is not None:
+            h = self.down(h, stream)
+        return h if self.shortcut is None else h + self.shortcut(x)
 
 
 class DecoderStage(nn.Module):
-    """The blocks of one resolution, then the step to the next, which halves the channels."""
+    """The blocks of one resolution, then the step to the next; temporal=None: no step.
+
+    The step halves the channels, but not in the residual generation.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, temporal: bool | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        *,
+        temporal: bool | None,
+        residual: bool,
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * (num_blocks - 1)
         self.blocks = nn.ModuleList(ResidualBlock(width, out_channels) for width in widths)
-        self.up = None
+        self.up = self.shortcut = None
         if temporal is not None:
-            self.up = Upsample(out_channels, out_channels // 2, temporal=temporal)
+            after = out_channels if residual else out_channels // 2
+            self.up = Upsample(out_channels, after, temporal=temporal)
+            if residual:
+                self.shortcut = DuplicateUp(out_channels, 2 if temporal else 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
+        h = x
         for block in self.blocks:
-            x = block(x)
-        return x if self.up is None else self.up(x)
+            h = block(h, stream)
+        if self.up is not None:
+            h = self.up(h, stream)
+        return h if self.shortcut is None else h + self.shortcut(x, stream)
 
 
-def _middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(channels, channels),
-        FrameAttention(channels),
-        ResidualBlock(channels, channels),
-    )
+class Middle(nn.Sequential):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            ResidualBlock(channels, channels),
+            FrameAttention(channels),
+            ResidualBlock(channels, channels),
+        )
+
+    def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
+        for block in self:
+            x = block(x, stream)
+        return x
 
 
 class Encoder(nn.Module):
@@ -158,24 +133,25 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        dims = [config.base_dim * mult for mult in config.dim_mult]
+        dims = config.encoder_dims
+        befores = (config.base_dim, *dims[:-1])
         steps = (*config.temporal_downsample, None)
-        self.conv_in = CausalConv3d(config.in_channels, config.base_dim)
-        self.stages = nn.Sequential(
-            *(
-                EncoderStage(before, after, config.num_res_blocks, step)
-                for before, after, step in zip(
-                    [config.base_dim, *dims[:-1]], dims, steps, strict=True
-                )
-            )
+        self.patch_size = config.patch_size
+        self.conv_in = CausalConv3d(config.in_channels * config.patch_size**2, config.base_dim)
+        self.stages = nn.ModuleList(
+            EncoderStage(n, to, config.num_res_blocks, temporal=step, residual=config.residual)
+            for n, to, step in zip(befores, dims, steps, strict=True)
         )
-        self.middle = _middle(dims[-1])
+        self.middle = Middle(dims[-1])
         self.norm_out = ChannelNormSilu(dims[-1])
         self.conv_out = CausalConv3d(dims[-1], 2 * config.z_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(self.stages(self.conv_in(x)))
-        return self.conv_out(self.norm_out(x))
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        x = self.conv_in(pack_pixels(x, self.patch_size), stream)
+        for stage in self.stages:
+            x = stage(x, stream)
+        x = self.middle(x, stream)
+        return self.conv_out(self.norm_out(x), stream)
 
 
 class Decoder(nn.Module):
@@ -183,23 +159,30 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        dims = [config.decoder_dim * mult for mult in reversed(config.dim_mult)]
+        dims = config.decoder_dims
+        befores = (dims[0], *(dim if config.residual else dim // 2 for dim in dims[:-1]))
         steps = (*reversed(config.temporal_downsample), None)
-        befores = [dims[0], *(dim // 2 for dim in dims[:-1])]
+        self.patch_size = config.patch_size
         self.conv_in = CausalConv3d(config.z_dim, dims[0])
-        self.middle = _middle(dims[0])
-        self.stages = nn.Sequential(
-            *(
-                DecoderStage(before, after, config.num_res_blocks + 1, step)
-                for before, after, step in zip(befores, dims, steps, strict=True)
-            )
+        self.middle = Middle(dims[0])
+        self.stages = nn.ModuleList(
+            DecoderStage(n, to, config.num_res_blocks + 1, temporal=step, residual=config.residual)
+            for n, to, step in zip(befores, dims, steps, strict=True)
         )
         self.norm_out = ChannelNormSilu(dims[-1])
-        self.conv_out = CausalConv3d(dims[-1], config.out_channels)
+        self.conv_out = CausalConv3d(dims[-1], config.out_channels * config.patch_size**2)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.stages(self.middle(self.conv_in(z)))
-        return self.conv_out(self.norm_out(x))
+    def forward(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        x = self.middle(self.conv_in(z, stream), stream)
+        for stage in self.stages:
+            x = stage(x, stream)
+        return unpack_pixels(self.conv_out(self.norm_out(x), stream), self.patch_size)
+
+
+def check_layout(x: Tensor, channels: int, what: str) -> None:
+    """ValueError unless x is (B, channels, T, H, W), none of them zero."""
+    if x.dim() != 5 or x.shape[1] != channels or not x.numel():
+        raise ValueError(f"{what} of shape {tuple(x.shape)}: expected (B, {channels}, T, H, W)")
 
 
 class VAE(nn.Module):
@@ -212,6 +195,9 @@ class VAE(nn.Module):
         self.quant = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.post_quant = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = config.checkpoint_blocks
         self.init_weights()
 
     @property
@@ -219,28 +205,38 @@ class VAE(nn.Module):
         """Pixels per latent in (time, height, width)."""
         return self.config.strides
 
-    def encode(self, x: Tensor) -> Posterior:
+    def encode(self, x: Tensor, stream: Stream | None = None) -> Posterior:
         """Pixels (B, C, T, H, W) in [-1, 1], T = 1 + st·k → posterior over (B, Z, T', H', W').
 
-        Raises ValueError for a channel count, frame count or size that the VAE cannot take.
+        With `stream`, x goes on where the last chunk ended, and T = st·k after the first. Raises
+        ValueError for a channel count, frame count or size that the VAE cannot take.
         """
-        if x.dim() != 5 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"video of shape {tuple(x.shape)}: expected (B, {self.config.in_channels}, T, H, W)"
-            )
-        self.config.latent_shape(*x.shape[2:])
+        check_layout(x, self.config.in_channels, "video")
+        frames = x.shape[2]
+        if not head_frames(stream):
+            stride = self.strides[0]
+            if frames % stride:
+                raise ValueError(f"chunk of {frames} frames: after the first, {stride}·k is needed")
+            frames += 1
+        self.config.latent_shape(frames, *x.shape[3:])
         x = x.contiguous(memory_format=torch.channels_last_3d)
-        mean, logvar = self.quant(self.encoder(x)).float().contiguous().chunk(2, dim=1)
+        moments = self.quant(self.encoder(x, stream)).float().contiguous()
+        if stream is not None:
+            stream.is_started = True
+        mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, Z, T', H', W') → pixels (B, C, T, H, W), fp32, not clamped."""
-        if z.dim() != 5 or z.shape[1] != self.config.z_dim:
-            raise ValueError(
-                f"latents of shape {tuple(z.shape)}: expected (B, {self.config.z_dim}, T, H, W)"
-            )
+    def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """Latents (B, Z, T', H', W') → pixels (B, C, T, H, W), fp32, not clamped.
+
+        With `stream`, z goes on where the last chunk ended: any number of frames.
+        """
+        check_layout(z, self.config.z_dim, "latents")
         z = z.contiguous(memory_format=torch.channels_last_3d)
-        return self.decoder(self.post_quant(z)).float().contiguous()
+        pixels = self.decoder(self.post_quant(z), stream).float().contiguous()
+        if stream is not None:
+            stream.is_started = True
+        return pixels
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
         """Reconstruct x from a posterior sample drawn with `noise`: (pixels, posterior)."""
@@ -281,8 +277,10 @@ def _init_time(conv: CausalConv3d) -> None:
 
 
 def vae_hash(state_dict: dict[str, Tensor], config: VAEConfig) -> str:
-    """Hex SHA-256 over the config and every weight: the identity of a latent space."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    """Hex SHA-256 over every weight and all of the config that decides what they compute."""
+    sizes = asdict(config)
+    del sizes["checkpoint_blocks"]
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
     for name in sorted(state_dict):
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

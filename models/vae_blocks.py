@@ -1,4 +1,4 @@
-"""Building blocks of the causal video VAE, all in one pass over the clip.
+"""Building blocks of the causal video VAE: a clip in one pass or, with a `Stream`, in chunks.
 
 Layout (B, C, T, H, W) throughout, kept in channels-last memory: convolutions then run without
 reordering, norms reduce over contiguous channels, and merging frames into the batch costs nothing.
@@ -10,61 +10,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longtake.models import fused
 from longtake.models.attention import attention
-
-# aten sends fp32 convolutions of one sample with N·C·T·H at or below this to slow_conv3d, which is
-# 6 to 18 times slower than oneDNN.
-SLOW_CONV_LIMIT = 20480
+from longtake.models.vae_conv import CausalConv3d, FrameConv2d, Stream
 
 
-class CausalConv3d(nn.Conv3d):
-    """3-D convolution that sees no later frame: zeros stand for the frames before the first.
-
-    (B, C, T, H, W) → (B, C', T', H, W); T' = T at stride 1. `history=False` leaves the zeros out.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int, int] = (3, 3, 3),
-        *,
-        time_stride: int = 1,
-        history: bool = True,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride=(time_stride, 1, 1))
-        self.history = kernel_size[0] - 1 if history else 0
-        self.space = (kernel_size[1] // 2, kernel_size[2] // 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        taps, stride = self.kernel_size[0], self.stride[0]
-        frames = (x.shape[2] + self.history - taps) // stride + 1
-        if frames == 1:  # the zeros in front add nothing: a 2-D convolution over the real frames
-            return self._one_frame(x[:, :, : taps - self.history])
-        if self.history:
-            x = F.pad(x, (0, 0, 0, 0, self.history, 0))
-        if not self._is_slow(x):
-            return F.conv3d(x, self.weight, self.bias, self.stride, (0, *self.space))
-        half = (frames + 1) // 2  # two overlapping halves as a batch of two
-        span = stride * (half - 1) + taps
-        start = stride * (frames - half)
-        x = torch.cat((x[:, :, :span], x[:, :, start : start + span]))
-        y = F.conv3d(x, self.weight, self.bias, self.stride, (0, *self.space))
-        return torch.cat((y[:1], y[1:, :, 2 * half - frames :]), dim=2)
-
-    def _one_frame(self, x: Tensor) -> Tensor:
-        weight = self.weight[:, :, -x.shape[2] :].flatten(1, 2)
-        y = F.conv2d(x.flatten(1, 2), weight, self.bias, padding=self.space)
-        return y.unsqueeze(2)  # (B, C', 1, H, W)
-
-    def _is_slow(self, x: Tensor) -> bool:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[0] != 1:
-            return False
-        if torch.is_autocast_enabled("cpu"):
-            return False
-        return x.shape[:4].numel() <= SLOW_CONV_LIMIT
+def head_frames(stream: Stream | None) -> int:
+    """Frames of this pass that no change of frame rate touches: the clip's frame 0."""
+    return 0 if stream is not None and stream.is_started else 1
 
 
 class ChannelNorm(nn.Module):
@@ -89,7 +44,25 @@ class ChannelNormSilu(ChannelNorm):
         return fused.ChannelNormSilu.apply(x, self.weight)
 
 
-class ResidualBlock(nn.Module):
+class Block(nn.Module):
+    """A module called with (x, stream).
+
+    With `recompute` the backward pass computes the block again, and only its input is kept.
+    """
+
+    recompute = False
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        if self.recompute and stream is None and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, None, use_reentrant=False)
+        return self.compute(x, stream)
+
+    def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
+        """What the block does."""
+        raise NotImplementedError
+
+
+class ResidualBlock(Block):
     """norm → SiLU → causal conv, twice, around a shortcut. (B, C, T, H, W) → (B, C', T, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -104,13 +77,13 @@ class ResidualBlock(nn.Module):
             else CausalConv3d(in_channels, out_channels, (1, 1, 1))
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
+    def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
+        h = self.conv1(self.norm1(x), stream)
+        h = self.conv2(self.norm2(h), stream)
         return self.shortcut(x) + h
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(Block):
     """Single-head self-attention inside each frame. (B, C, T, H, W) → same."""
 
     def __init__(self, channels: int) -> None:
@@ -119,7 +92,7 @@ class FrameAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
         batch, channels, frames, height, width = x.shape
         h = self.norm(x).permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, -1, channels)
         q, k, v = self.qkv(h).chunk(3, dim=-1)  # each (B·T, 1, H·W, C)
@@ -128,7 +101,7 @@ class FrameAttention(nn.Module):
         return x + h.permute(0, 4, 1, 2, 3)
 
 
-class Downsample(nn.Module):
+class Downsample(Block):
     """Halve height and width, and with `temporal` also the frames after the first.
 
     (B, C, 1 + n, H, W) → (B, C, 1 + n/2, H/2, W/2). In time y₀ = x₀ and
@@ -140,16 +113,19 @@ class Downsample(nn.Module):
         self.space = nn.Conv2d(channels, channels, 3, stride=2)
         self.time = None
         if temporal:
-            self.time = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2, history=False)
+            self.time = CausalConv3d(channels, channels, (3, 1, 1), time_stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
         x = over_frames(lambda frame: self.space(F.pad(frame, (0, 1, 0, 1))), x)
-        if self.time is None or x.shape[2] == 1:
+        if self.time is None:
             return x
-        return torch.cat((x[:, :, :1], self.time(x)), dim=2)
+        head = x[:, :, : head_frames(stream)]
+        if stream is not None:
+            x = stream.join(self, x, 1)
+        return head if x.shape[2] == 1 else torch.cat((head, self.time(x)), dim=2)
 
 
-class Upsample(nn.Module):
+class Upsample(Block):
     """Double height and width, and with `temporal` also the frames after the first.
 
     (B, C, 1 + n, H, W) → (B, C', 1 + 2n, 2H, 2W). Frame 0 passes the time convolution by and is
@@ -158,15 +134,68 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, *, temporal: bool) -> None:
         super().__init__()
-        self.space = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.space = FrameConv2d(channels, out_channels)
         self.time = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.time is not None and x.shape[2] > 1:
-            pairs = self.time(x[:, :, 1:]).unflatten(1, (2, -1))  # (B, 2, C, n, H, W)
+    def compute(self, x: Tensor, stream: Stream | None) -> Tensor:
+        head = head_frames(stream)
+        if self.time is not None and x.shape[2] > head:
+            pairs = self.time(x[:, :, head:], stream).unflatten(1, (2, -1))  # (B, 2, C, n, H, W)
             pairs = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2n, H, W)
-            x = torch.cat((x[:, :, :1], pairs), dim=2)
+            x = torch.cat((x[:, :, :head], pairs), dim=2)
         return over_frames(lambda frame: self.space(double(frame)), x)
+
+
+class AverageDown(nn.Module):
+    """Shortcut around a step down: every output channel is the mean of a group of input values.
+
+    (B, C, T, H, W) → (B, C', ⌈T/time⌉, H/space, W/space). The values of a time × space × space cell
+    line up channel by channel and are averaged in C' equal groups. Where `time` does not divide T
+    a zero frame comes first and counts in the mean.
+    """
+
+    def __init__(self, out_channels: int, time: int, space: int) -> None:
+        super().__init__()
+        self.out_channels, self.time, self.space = out_channels, time, space
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time, 0))
+        x = x.unflatten(4, (-1, self.space)).unflatten(3, (-1, self.space))
+        x = x.unflatten(2, (-1, self.time))  # (B, C, T', time, H', space, W', space)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (B, T', H', W', C·cell)
+        return x.unflatten(4, (self.out_channels, -1)).mean(5).movedim(4, 1)
+
+
+class DuplicateUp(nn.Module):
+    """Shortcut around a step up, the reverse of `AverageDown`: values are repeated.
+
+    (B, C, T, H, W) → (B, C', T·time − (time − 1), H·space, W·space): the copies of the clip's frame
+    0 that would lie before it are dropped.
+    """
+
+    def __init__(self, out_channels: int, time: int, space: int) -> None:
+        super().__init__()
+        self.out_channels, self.time, self.space = out_channels, time, space
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        repeats = self.out_channels * self.time * self.space**2 // x.shape[1]
+        x = x.movedim(1, 4).repeat_interleave(repeats, dim=4)
+        x = x.unflatten(4, (self.out_channels, self.time, self.space, self.space))
+        x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T, time, H, space, W, space, C')
+        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(4, 1)
+        return x[:, :, head_frames(stream) * (self.time - 1) :]
+
+
+def pack_pixels(x: Tensor, size: int) -> Tensor:
+    """Squares of pixels become channels (c, column, row): (B, C, T, H, W) → (B, C·size², ...)."""
+    x = x.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # (B, C, T, H', size, W', size)
+    return x.permute(0, 2, 3, 5, 1, 6, 4).flatten(4).movedim(4, 1)
+
+
+def unpack_pixels(x: Tensor, size: int) -> Tensor:
+    """The inverse of `pack_pixels`."""
+    x = x.unflatten(1, (-1, size, size))  # (B, C, column, row, T, H', W')
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
 def double(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ FREE_KEYS = (
     *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
     *("train.keep_last", "train.num_threads", "train.device", "train.timeout"),
     *("train.deterministic", "data.num_workers", "data.prefetch_factor", "data.decoder"),
+    "vae.checkpoint_blocks",
     *("data.decode_timeout", "data.decode_memory", "data.cache"),
     *("data.val", "data.max_bad_fraction", "data.train.*.path", "data.train.*.catalogue"),
 )

@@ -13,7 +13,7 @@ from longtake.models.dit import DiTConfig
 from longtake.models.flow import TimestepConfig
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import TextConfig
-from longtake.models.vae import VAEConfig
+from longtake.models.vae_config import VAEConfig
 from longtake.train.checks import choice, require
 from longtake.train.engine import EngineConfig
 from longtake.train.optim import OptimConfig

@@ -1,96 +1,26 @@
-"""The VAE against diffusers, causality, shapes, errors and the fast paths of its convolutions."""
+"""The VAE: causality, gradients, shapes, errors and the fast paths of its convolutions."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from torch import Tensor, nn
+from torch import nn
 
-from longtake.models.interop import vae_from_diffusers, vae_to_diffusers
-from longtake.models.vae import VAE, Posterior, VAEConfig, vae_hash
-from longtake.models.vae_blocks import CausalConv3d
-
-TINY = VAEConfig(
-    base_dim=8, z_dim=4, dim_mult=(1, 2), temporal_downsample=(True,), num_res_blocks=1
-)
-PEERS = {
-    "4x8x8": {
-        "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-        "temperal_downsample": [False, True, True],
-    },
-    "4x4x4, wider decoder": {
-        "base_dim": 6, "decoder_base_dim": 10, "z_dim": 3, "dim_mult": [1, 2, 3],
-        "num_res_blocks": 1, "temperal_downsample": [True, True],
-    },
-    "2x2x2": {
-        "base_dim": 8, "z_dim": 5, "dim_mult": [2, 3], "num_res_blocks": 1,
-        "temperal_downsample": [True],
-    },
-    "time first": {
-        "base_dim": 4, "z_dim": 2, "dim_mult": [1, 2, 2, 4], "num_res_blocks": 1,
-        "temperal_downsample": [True, False, True],
-    },
-}  # fmt: skip
+from longtake.models.vae import VAE, Posterior, vae_hash
+from longtake.models.vae_blocks import AverageDown, DuplicateUp, pack_pixels, unpack_pixels
+from longtake.models.vae_config import VAEConfig
+from longtake.models.vae_conv import CausalConv3d, convolve
+from tests.models.small_vaes import CONFIGS, TINY, make_vae, video
 
 
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Give every parameter, norms and biases too, a value of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 4
-        parameter.data = parameter.data.mean() * 0.5 + noise * (1.5 / fan_in**0.5)
-
-
-def peer(name: str) -> Any:
-    module = AutoencoderKLWan(**PEERS[name]).eval()
-    randomise(module)
-    return module
-
-
-def video(frames: int, height: int, width: int, batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(frames)
-    return torch.rand(batch, 3, frames, height, width, generator=generator) * 2 - 1
-
-
-@pytest.mark.parametrize("name", PEERS)
-@pytest.mark.parametrize("frames", [1, 5, 9, 17])
-@torch.no_grad()
-def test_equals_diffusers(name: str, frames: int) -> None:
-    theirs = peer(name)
-    ours = vae_from_diffusers(theirs)
-    x = video(frames, 16, 24, batch=2 if frames == 5 else 1)
-    expected, found = theirs.encode(x).latent_dist, ours.encode(x)
-    assert found.mean.std() > 0.05
-    torch.testing.assert_close(found.mean, expected.mean, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.logvar, expected.logvar, atol=1e-4, rtol=0)
-    pixels = theirs.decode(expected.mean).sample
-    assert pixels.std() > 0.05
-    torch.testing.assert_close(ours.decode(expected.mean).clamp(-1, 1), pixels, atol=1e-4, rtol=0)
-
-
-@torch.no_grad()
-def test_round_trip_through_diffusers() -> None:
-    ours = VAE(TINY)
-    randomise(ours)
-    theirs: Any = vae_to_diffusers(ours, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-    assert theirs.config.scale_factor_temporal == 2 and theirs.config.scale_factor_spatial == 2
-    back = vae_from_diffusers(theirs)
-    assert back.config == TINY
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, back.state_dict()[name]), name
-    x = video(5, 8, 8)
-    torch.testing.assert_close(
-        ours.encode(x).mean, theirs.encode(x).latent_dist.mean, atol=1e-5, rtol=0
-    )
-
-
+@pytest.mark.parametrize("name", ["4x4x4", "residual 4x8x8"])
 @pytest.mark.parametrize("changed", [1, 4, 5, 8])
 @torch.no_grad()
-def test_causal(changed: int) -> None:
+def test_causal(name: str, changed: int) -> None:
     """Pixel frame t reaches no latent before ⌈t/4⌉, and latent j no pixel before 4j − 3."""
-    vae = vae_from_diffusers(peer("4x4x4, wider decoder"))
+    vae = make_vae(CONFIGS[name])
     x = video(9, 8, 8, batch=2)
     other = x.clone()
     other[:, :, changed] += 1
@@ -105,14 +35,20 @@ def test_causal(changed: int) -> None:
     assert not torch.equal(c[:, :, 4 * first - 3], d[:, :, 4 * first - 3])
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 7, 10])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_conv_fast_paths_equal_the_plain_convolution(frames: int, stride: int) -> None:
-    """One sample in fp32 takes other kernels; outputs and gradients must not change."""
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 7, 10])
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((1, 1, 1), 1), ((3, 1, 1), 2)]
+)
+def test_conv_fast_paths_equal_the_plain_convolution(
+    frames: int, kernel: tuple[int, int, int], stride: int
+) -> None:
+    """Other kernels run; outputs and gradients must not change."""
+    frames = max(frames, kernel[0]) if stride == 2 else frames
     torch.manual_seed(frames)
-    conv = CausalConv3d(3, 4, (3, 3, 3), time_stride=stride)
+    conv = CausalConv3d(3, 4, kernel, time_stride=stride)
     x = torch.randn(1, 3, frames, 6, 5, requires_grad=True)
-    padded = nn.functional.pad(x, (1, 1, 1, 1, 2, 0))
+    rim, past = kernel[1] // 2, kernel[0] - 1 if stride == 1 else 0
+    padded = nn.functional.pad(x, (rim, rim, rim, rim, past, 0))
     expected = nn.functional.conv3d(padded, conv.weight, conv.bias, stride=(stride, 1, 1))
     found = conv(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -124,9 +60,87 @@ def test_conv_fast_paths_equal_the_plain_convolution(frames: int, stride: int) -
         torch.testing.assert_close(right, left, atol=1e-4, rtol=1e-4)
 
 
-def test_bf16_autocast_is_close_and_gradients_flow() -> None:
-    vae = VAE(TINY)
-    randomise(vae)
+@pytest.mark.parametrize("shape", [(2, 16, 4, 16, 18), (1, 20, 1, 17, 16), (3, 16, 16, 17)])
+def test_weight_gradient_by_products_equals_the_plain_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    dims = len(shape) - 2
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(18, shape[1], *[3] * (dims - 2), 3, 3)[:, :, : shape[2]]
+    inputs = x, weight.clone().requires_grad_(), torch.randn(18, requires_grad=True)
+    plain: Any = (nn.functional.conv2d, nn.functional.conv3d)[dims - 2]
+    expected = plain(*inputs, padding=(*[0] * (dims - 2), 1, 1))
+    found = convolve(*inputs)
+    assert found.grad_fn is not None and found.grad_fn.name() == "_ConvolutionBackward"
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    outward = torch.randn_like(expected)
+    a = torch.autograd.grad(expected, inputs, outward)
+    b = torch.autograd.grad(found, inputs, outward)
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(right, left, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 33])
+@pytest.mark.parametrize("channels", [4, 8])
+@torch.no_grad()
+def test_no_slow_convolution_runs(frames: int, channels: int) -> None:
+    x = video(frames, 16, 16)
+    vae = VAE(replace(TINY, base_dim=channels))
+    assert "aten::slow_conv3d" in operations(lambda: nn.Conv3d(3, 8, 3)(x.repeat(1, 1, 3, 1, 1)))
+    assert "aten::slow_conv3d" not in operations(lambda: vae.decode(vae.encode(x).mean))
+
+
+def operations(function: Callable[[], object]) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages()}
+
+
+def test_average_down_and_duplicate_up() -> None:
+    """The rule on numbers: groups of a cell in order (channel, time, row, column)."""
+    x = torch.arange(1.0, 25.0).view(1, 1, 3, 2, 4)  # frames 1..8, 9..16, 17..24
+    down = AverageDown(2, time=2, space=2)(x)  # the zero frame fills the first group
+    assert down.shape == (1, 2, 2, 1, 2)
+    assert down[0, :, 0, 0].tolist() == [[0.0, 0.0], [3.5, 5.5]]
+    assert down[0, :, 1, 0].tolist() == [[11.5, 13.5], [19.5, 21.5]]
+    up = DuplicateUp(1, time=2, space=2)(down)
+    assert up.shape == x.shape
+    assert up[0, 0, 0].tolist() == [[3.5, 3.5, 5.5, 5.5]] * 2  # of frame 0 the last copy stays
+    assert up[0, 0, 1].tolist() == [[11.5, 11.5, 13.5, 13.5]] * 2
+    assert up[0, 0, 2].tolist() == [[19.5, 19.5, 21.5, 21.5]] * 2
+
+
+def test_packed_pixels_keep_their_place() -> None:
+    x = torch.arange(16.0).view(1, 1, 1, 4, 4)
+    packed = pack_pixels(x, 2)
+    assert packed[0, :, 0, 0, 1].tolist() == [2.0, 6.0, 3.0, 7.0]  # columns before rows
+    assert torch.equal(unpack_pixels(packed, 2), x)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recomputed_blocks_give_equal_gradients(name: str) -> None:
+    x = video(9, 16, 8, batch=2)
+    kept, recomputed = (
+        make_vae(replace(CONFIGS[name], checkpoint_blocks=recompute)) for recompute in (False, True)
+    )
+    saved = {}
+    for vae in (kept, recomputed):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda x: x
+        ):
+            posterior = vae.encode(x)
+            loss = vae.decode(posterior.mean).square().mean() + posterior.kl().mean()
+        loss.backward()
+        saved[vae] = sum(sizes)
+    assert saved[recomputed] < 0.5 * saved[kept]
+    for (parameter, a), b in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.equal(a.grad, b.grad), parameter
+
+
+@pytest.mark.parametrize("name", ["tiny 2x2x2", "residual 4x8x8"])
+def test_bf16_autocast_is_close_and_gradients_flow(name: str) -> None:
+    vae = make_vae(CONFIGS[name])
     x = video(5, 16, 16, batch=2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         posterior = vae.encode(x)
@@ -140,9 +154,10 @@ def test_bf16_autocast_is_close_and_gradients_flow() -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_fresh_vae_reconstructs_an_image_shape_and_learns() -> None:
+@pytest.mark.parametrize("config", [TINY, replace(TINY, dim_mult=(2, 2), residual=True)])
+def test_fresh_vae_reconstructs_an_image_shape_and_learns(config: VAEConfig) -> None:
     torch.manual_seed(0)
-    vae = VAE(TINY)
+    vae = VAE(config)
     x = video(5, 8, 8, batch=4)
     x = nn.functional.avg_pool3d(x, (1, 4, 4)).repeat_interleave(4, 3).repeat_interleave(4, 4)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
@@ -174,13 +189,21 @@ def test_hash_names_weights_and_config() -> None:
     assert vae_hash(state, TINY) != first
 
 
+def test_hash_leaves_out_how_gradients_are_made() -> None:
+    state = VAE(TINY).state_dict()
+    first = vae_hash(state, TINY)
+    assert vae_hash(state, replace(TINY, checkpoint_blocks=True)) == first
+    assert vae_hash(state, replace(TINY, patch_size=2)) != first
+
+
 def test_strides() -> None:
     for mult, time, strides in (
         ((1, 2), (True,), (2, 2, 2)),
         ((1, 2, 2), (True, True), (4, 4, 4)),
         ((1, 2, 4, 4), (False, True, True), (4, 8, 8)),
+        ((1, 2, 4, 4), (False, True, True), (4, 16, 16)),
     ):
-        config = VAEConfig(8, 4, mult, time, 1)
+        config = VAEConfig(8, 4, mult, time, 1, patch_size=2 if strides[1] == 16 else 1)
         assert config.strides == strides
         assert config.latent_shape(9, 16, 32) == (
             1 + 8 // strides[0],
@@ -209,6 +232,10 @@ def test_wrong_videos_are_refused(shape: tuple[int, ...], rule: str) -> None:
         ({"temporal_downsample": (True, True)}, "one less than vae.dim_mult"),
         ({"base_dim": 0}, "vae.base_dim=0"),
         ({"base_dim": 7, "dim_mult": (1, 3)}, "even"),
+        ({"patch_size": 0}, "vae.patch_size=0"),
+        ({"dim_mult": (3,), "temporal_downsample": (), "residual": True}, "8 values .* 24 equal"),
+        ({"dim_mult": (2, 4), "residual": True}, "16 values do not make 32 equal groups"),
+        ({"dim_mult": (5, 3), "residual": True}, "vae.dim_mult=\\(5, 3\\)"),
     ],
 )
 def test_wrong_configs_are_refused(change: dict, rule: str) -> None:
@@ -218,11 +245,3 @@ def test_wrong_configs_are_refused(change: dict, rule: str) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=rule):
         VAEConfig(**{**base, **change})
-
-
-def test_residual_generation_is_refused_by_name() -> None:
-    module = AutoencoderKLWan(
-        base_dim=4, z_dim=2, dim_mult=[1, 1], temperal_downsample=[True], is_residual=True
-    )
-    with pytest.raises(ValueError, match="is_residual"):
-        vae_from_diffusers(module)

@@ -26,6 +26,7 @@ COMPANIONS = {
     "model/nano_identity": ["codec=identity", "tasks.i2v=0"],
     "vae/demo": ["stage=vae"],
     "vae/wan": ["stage=vae"],
+    "vae/wan22": ["stage=vae"],
 }
 
 
