@@ -11,8 +11,8 @@ COLOURED = (
 DARK = 85  # of 255, in the brightest channel: no ground, but an occluder, a wall or a mark
 GAIN = (0.8, 1.25)  # of contrast between two frames in other light
 LIGHT = 0.12  # by which the mean may differ: flicker is no other place
-OTHER = 0.3  # of the texture's variance that the light does not explain: another place
-NOISE = 56.0  # grey levels² over the pixels of a block: what noise of σ = 8 may add
+OTHER = 0.3, 0.2  # of the texture's variance that light does not explain, in frames and in means
+NOISE = 72.0, 48.0  # grey levels² over the pixels of a block: what noise of σ = 8 may add
 MIN_BLOCKS = 4
 GROUPS = 4  # of frames, whose means are compared
 
@@ -47,7 +47,8 @@ class Ground:
         return _differs(
             (self.grey[before], self.grey[after]),
             self.clean[before] & self.clean[after],
-            NOISE / self.block**2,
+            OTHER[0],
+            NOISE[0] / self.block**2,
         )
 
     @property
@@ -61,8 +62,8 @@ class Ground:
         total = np.array([(self.grey[at] * self.clean[at]).sum(0) for at in groups])
         grey, size = total / np.maximum(number, 1), len(times) / len(groups)
         both = (number > 0.5 * size) & (number[0] > 0.5 * size)
-        noise = NOISE / self.block**2 / size
-        return not _differs((grey[:1], grey), both, noise).any()
+        noise = NOISE[1] / self.block**2 / size
+        return not _differs((grey[:1], grey), both, OTHER[1], noise).any()
 
     @cached_property
     def cuts(self) -> list[int]:
@@ -71,7 +72,9 @@ class Ground:
         return (np.nonzero(self.changes(times[:-1], times[1:]))[0] + 1).tolist()
 
 
-def _differs(grey: tuple[np.ndarray, np.ndarray], mask: np.ndarray, noise: float) -> np.ndarray:
+def _differs(
+    grey: tuple[np.ndarray, np.ndarray], mask: np.ndarray, other: float, noise: float
+) -> np.ndarray:
     """Whether the second of two pictures (n, h·w) is another than the first, seen at `mask`.
 
     It is fitted by a multiple of the first plus a constant, as far as light may change.
@@ -82,6 +85,6 @@ def _differs(grey: tuple[np.ndarray, np.ndarray], mask: np.ndarray, noise: float
     old_var, new_var = (old * old).sum(1) / number, (new * new).sum(1) / number
     gain = np.clip((old * new).sum(1) / number / np.maximum(old_var, 1e-6), *GAIN)
     rest = ((new - gain[:, None] * old) ** 2).sum(1) / number
-    is_other = rest > OTHER * np.minimum(old_var, new_var) + noise
+    is_other = rest > other * np.minimum(old_var, new_var) + noise
     is_other |= abs(new_mean - old_mean) > LIGHT * old_mean
     return is_other & (mask.sum(1) >= MIN_BLOCKS)

@@ -194,14 +194,16 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     slide = sign * (DRIFT[0] + drift * (DRIFT[1] - DRIFT[0])) * side / steps
     free = breadth - 2 * radius - 1 - abs(slide) * steps
     start = radius + 0.5 + place * free + max(-slide * steps, 0)
+    edge = 0 if ux + uy < 0 else (canvas.width if ux else canvas.height)
+    come = edge - (ux + uy) * (radius + speed * contact)
+    at_wall = edge - (ux + uy) * reach
     contact += (radius - reach) / speed
-    at_wall = reach if ux + uy < 0 else (canvas.width if ux else canvas.height) - reach
     touch = start + slide * contact
     if ux:
-        before = Segment(0.0, at_wall - ux * speed * contact, start, ux * speed, slide)
+        before = Segment(0.0, come, start, ux * speed, slide)
         after = Segment(contact, at_wall, touch, -ux * speed, slide)
     else:
-        before = Segment(0.0, start, at_wall - uy * speed * contact, slide, uy * speed)
+        before = Segment(0.0, start, come, slide, uy * speed)
         after = Segment(contact, touch, at_wall, slide, -uy * speed)
     entity = Entity(0, words["shape"], words["colour"], radius, (before, after), words["size"])
     return canvas.scene(rng, entity, events=(Event(contact, "bounce", (0,)),))

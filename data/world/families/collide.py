@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 SHAPES = ("circle", "square")  # their contact along an axis is exact
 GAP = 0.3  # px to the frame's edge
 SHARP = 0.03  # of the shorter side: how exactly pixels tell when two things are nearest
-TRAVEL, OOD_TRAVEL = (0.88, 1.0), (0.55, 0.62)  # of the way there is
+TRAVEL, OOD_TRAVEL = (0.88, 1.0), (0.6, 0.63)  # of the way there is
 
 
 @scorer
@@ -74,7 +74,7 @@ def causal(seen: Detection, hitter: str, target: str, word: str, aside: str = ""
         return 0.0  # they run through each other, or do not touch
     shift = np.hypot(*(b - b[0]).T)
     early, late = np.array_split(b[: max(start, 2)], 2)  # means: a wobble is no effect
-    if np.hypot(*(late.mean(0) - early.mean(0))) > max(0.014 * unit, 0.13 * shift[-1]):
+    if np.hypot(*(late.mean(0) - early.mean(0))) > max(0.012 * unit, 0.1 * shift[-1]):
         return 0.0  # an effect before its cause
     speed = np.hypot(*went) / max(steps - start, 1)  # at least; px/frame
     if np.argmax(shift > 0.05 * unit) > start + 2 + 2 * SHARP * unit / pace + 0.05 * unit / speed:

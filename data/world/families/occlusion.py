@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from longtake.data.world.detect import Detection, Track
+from longtake.data.world.detect import WHOLE, Detection, Track
 from longtake.data.world.families.registry import (
     STATIC,
     Ask,
@@ -82,7 +82,12 @@ def permanence(seen: Detection, word: str) -> float:
     steps, slack = np.diff(track.area), 0.2 * track.full_area
     if (steps[:before] > slack).any() or (steps[after:] < -slack).any():
         return 0.0  # ever less of it is seen on the way in, ever more on the way out
-    if len(seen.shapes_of(track)) > 1:
+    times, shapes = np.arange(seen.num_frames), set()
+    for side in (times <= before, times >= after):
+        part = replace(track, area=track.area * side, blobs=track.blobs * side)
+        if part.area.max() > WHOLE * track.full_area:
+            shapes |= seen.shapes_of(part)
+    if len(shapes) > 1:
         return 0.0
     expected = way[first[0]] + speed * (clear - first[0])
     slack = 0.12 * seen.side + 0.75 * speed  # most of a frame's way
