@@ -111,12 +111,13 @@ class Form:
     flips: tuple[str, ...]
     words: Mapping[str, Vocabulary] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(init=False)
+    """Slots whose vocabulary is one word: they are there to be asked about, not to be drawn."""
 
-    @property
-    def fixed(self) -> dict[str, str]:
-        """Slots whose vocabulary is one word: they are there to be asked about, not to be drawn."""
-        slots = {slot: tuple(vocabulary_of(slot, self.words)) for slot in slots_of(self.dense)}
-        return {slot: values[0] for slot, values in slots.items() if len(values) == 1}
+    def __post_init__(self) -> None:
+        known = {slot: tuple(vocabulary_of(slot, self.words)) for slot in slots_of(self.dense)}
+        fixed = {slot: values[0] for slot, values in known.items() if len(values) == 1}
+        object.__setattr__(self, "fixed", fixed)
 
     def captions(self, words: Words) -> dict[str, str]:
         """The clip's captions by kind."""
