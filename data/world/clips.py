@@ -198,6 +198,7 @@ def describe(
     family = families[index % len(families)]
     canvas = shapes.canvas(seed, split, index, family)
     form, words = FAMILIES[family].draw(_generator(seed, split, index, "words"), canvas)
+    words |= FAMILIES[family].forms[form].fixed
     return Description(seed, index, canvas, family, form, words)
 
 

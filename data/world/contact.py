@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 GAP = 0.5  # px to the edge of the frame
 MISSED_BY = (0.1, 0.14)  # of the shorter side: how far apart a miss leaves them
-ARRIVAL = (0.56, 0.64)  # of the clip; out of distribution it is later, so all is slower
-OOD_ARRIVAL = (0.68, 0.74)
+WAY, ARRIVAL = (0.85, 1.0), (0.56, 0.64)  # of the room there is; of the clip
+OOD_WAY, OOD_ARRIVAL = (0.55, 0.62), (0.68, 0.74)  # shorter and later, so all is slower
 # as seen, shares of the shorter side: at most this far apart is contact, at least this far a
 # coming, and within this much of the closest is as close as they get
 TOUCH, COMING, CLOSEST = 0.05, 0.05, 0.03
@@ -58,9 +58,10 @@ def approach(
     length = canvas.width if ux else canvas.height
     steps = canvas.frames - 1
     free = length - 2 * GAP - sum(extents) - reach
-    way = free * rng.uniform(0.85, 1.0)
+    is_ood = canvas.split == "ood"
+    way = free * rng.uniform(*(OOD_WAY if is_ood else WAY))
     start = GAP + extents[0] + rng.random() * (free - way)
-    time = steps * rng.uniform(*(OOD_ARRIVAL if canvas.split == "ood" else ARRIVAL))
+    time = steps * rng.uniform(*(OOD_ARRIVAL if is_ood else ARRIVAL))
     short = canvas.short_side * rng.uniform(*MISSED_BY)
     passes = rng.random() < 0.5
     target = start + way + reach

@@ -13,11 +13,14 @@ import numpy as np
 from scipy import ndimage
 
 from longtake.data.world.flow import CameraMotion, background_motion
+from longtake.data.world.ground import Ground
 from longtake.data.world.render import coverage
-from longtake.data.world.scene import COLOURS, PALETTE, SHAPES
+from longtake.data.world.scene import COLOURS, PALETTE, SHAPES, shapes_at
 
 MIN_COVERAGE = 0.45
 SOFT = 0.9  # of the palette's chroma: below it a colour counts as painted softly
+WHOLE = 0.8  # of its greatest area: less of a thing may be hidden, merged or between two colours
+WINDOW = 2  # frames that together tell a shape
 MIN_AREA = 0.0106  # of the shorter side squared: a fifth of the smallest entity
 _IN_FRAME = np.zeros((3, 3, 3), bool)
 _IN_FRAME[1] = True
@@ -171,6 +174,17 @@ class Detection:
         """The largest track: the subject where only one is asked for."""
         return next(iter(self.tracks.values()), None)
 
+    def shapes_of(self, track: Track, *, varies: bool = False) -> set[str]:
+        """The shapes that a track has in frames (some on end) in which it is whole: one blob, if it
+        ever is, and about as large as ever, unless it `varies`."""
+        is_one = track.blobs == 1
+        area = track.area * is_one if is_one.any() else track.area
+        at = np.nonzero(area > (0.0 if varies else WHOLE) * area.max())[0]
+        names, size = shapes_at(self.side), min(WINDOW, len(at))
+        errors = self.misfit(track, names, at).cumsum(1)  # (K, n)
+        errors[:, size:] -= errors[:, :-size].copy()
+        return {names[best] for best in errors[:, size - 1 :].argmin(0)}
+
     def shape_of(self, track: Track, names: tuple[str, ...] = SHAPES) -> str:
         """The shape whose ideal picture at the track's place and area overlaps it best."""
         best = np.argsort(-track.area)[: max(1, min(7, int(track.seen.sum())))]
@@ -202,6 +216,11 @@ class Detection:
         rgb = self.frames[:, cover > 0.8 * cover.max()].mean(1, dtype=np.float32)  # (T, 3)
         way = rgb[-1] - rgb[0]
         return (rgb - rgb[0]) @ way / (way @ way)
+
+    @cached_property
+    def ground(self) -> Ground:
+        """What neither coloured nor dark things hide."""
+        return Ground(self.frames, self.cover)
 
     @cached_property
     def camera(self) -> CameraMotion:

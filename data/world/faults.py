@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from longtake.data.world.render import render
-from longtake.data.world.scene import SIZES, Change, Entity, Scene, Segment, positions
+from longtake.data.world.scene import (
+    PALETTE,
+    SIZES,
+    Change,
+    Entity,
+    Scene,
+    Segment,
+    Shot,
+    positions,
+)
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -74,7 +83,84 @@ def recoloured(clip: WorldClip) -> np.ndarray:
 
 def reshaped(clip: WorldClip) -> np.ndarray:
     """The first entity has another shape."""
-    return with_changes(clip, 0, Change(0, "shape", NEXT_SHAPE[clip.scene.entities[0].shape]))
+    first = clip.scene.entities[0]
+    return with_changes(clip, 0, Change(0, "shape", NEXT_SHAPE[first.shape]), *first.changes)
+
+
+def _first(clip: WorldClip) -> Entity:
+    """The first entity that has a colour, in a panel if there are any."""
+    return next(entity for entity in clip.scene.everything if entity.colour in PALETTE)
+
+
+def _of_first_colour(clip: WorldClip, *changes: Change) -> np.ndarray:
+    """Frames in which all that is coloured as the first entity undergoes these changes, too."""
+
+    def changed(scene: Scene, entity: Entity) -> Entity:
+        if entity.colour != _first(clip).colour:
+            return entity
+        return replace(entity, changes=(*entity.changes, *changes))
+
+    def edit(scene: Scene) -> Scene:
+        panels = tuple(replace(p, scene=edit(p.scene)) for p in scene.panels)
+        entities = tuple(changed(scene, e) for e in scene.entities)
+        return replace(scene, entities=entities, panels=panels)
+
+    return redrawn(clip, edit)
+
+
+def flickering(clip: WorldClip) -> np.ndarray:
+    """The first entity is a third larger in every second frame."""
+    times = range(clip.scene.frames)
+    return _of_first_colour(clip, *(Change(t, "radius", (1.0, 1.35)[t % 2]) for t in times))
+
+
+def reshaped_midway(clip: WorldClip) -> np.ndarray:
+    """The first entity takes another shape in the middle of the clip."""
+    return _reshaped_from(clip, clip.scene.frames // 2)
+
+
+def reshaped_late(clip: WorldClip) -> np.ndarray:
+    """The first entity has another shape in the last two frames."""
+    return _reshaped_from(clip, clip.scene.frames - 2)
+
+
+def _reshaped_from(clip: WorldClip, start: int) -> np.ndarray:
+    return _of_first_colour(clip, Change(start, "shape", NEXT_SHAPE[_first(clip).shape]))
+
+
+def _filmed(clip: WorldClip, edit: Callable[[Scene], tuple[Shot, ...]]) -> np.ndarray:
+    """Frames in which the scene, and that of every panel, has other shots."""
+
+    def refilmed(scene: Scene) -> Scene:
+        panels = tuple(replace(p, scene=refilmed(p.scene)) for p in scene.panels)
+        return replace(scene, shots=edit(scene), panels=panels)
+
+    return redrawn(clip, refilmed)
+
+
+def cut_midway(clip: WorldClip) -> np.ndarray:
+    """The background is another one from the middle of the clip on."""
+
+    def edit(scene: Scene) -> tuple[Shot, ...]:
+        last = scene.shots[-1]
+        other = replace(last, start=scene.frames // 2, background=last.background ^ 1)
+        return (*scene.shots, other)
+
+    return _filmed(clip, edit)
+
+
+def panned(clip: WorldClip) -> np.ndarray:
+    """The camera glides along where it should rest, a quarter of the shorter side a shot."""
+
+    def edit(scene: Scene) -> tuple[Shot, ...]:
+        stops = [shot.start for shot in scene.shots[1:]] + [scene.frames]
+        way = 0.25 * min(scene.width, scene.height)
+        return tuple(
+            replace(shot, vx=way / max(stop - shot.start - 1, 1))
+            for shot, stop in zip(scene.shots, stops, strict=True)
+        )
+
+    return _filmed(clip, edit)
 
 
 def resized(clip: WorldClip) -> np.ndarray:

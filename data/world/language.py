@@ -51,12 +51,13 @@ VOCABULARIES: dict[str, Vocabulary] = {
     "place": PLACES,
     "row": _paired(("top", "middle", "bottom"), "上部 中部 下部"),
     "column": _paired(("left", "middle", "right"), "左侧 中间 右侧"),
+    "stance": _paired(("static",), "静止"),
 }
 """What the families share; a form may bring vocabularies of its own."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 ZH_NUMBERS = ("零", "一", "两", "三", "四", "五", "六")
-STATIC_CAMERA = "The camera is static."
-STATIC_CAMERA_ZH = "镜头静止。"
+STATIC_CAMERA = "The camera is {stance}."
+STATIC_CAMERA_ZH = "镜头{stance}。"
 
 
 def vocabulary_of(slot: str, own: Mapping[str, Vocabulary]) -> Vocabulary:

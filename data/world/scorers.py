@@ -7,12 +7,13 @@ without effect, from 16x16x5 up. At 16x16 few pixels tell shapes apart, so there
 their ceiling first. Scorers of a single family live in its module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from longtake.data.world.detect import Detection, Track
+from longtake.data.world.ground import Ground
 from longtake.data.world.scene import DIRECTIONS, SIZES, shapes_at
 
 Scorer = Callable[..., float]
@@ -20,6 +21,7 @@ SCORERS: dict[str, Scorer] = {}
 """Every scorer by name; the parameters after the detection are those that `Ask.values` fill."""
 SIZE_LIMIT = float(np.sqrt(SIZES["small"] * SIZES["large"]))
 PACE_LIMIT = 0.25  # of the shorter side per clip, between slow and quick
+SAME_AREA = 0.42  # log ratio; a bite takes up to 0.3 of it, a flicker of a third 0.6
 MIN_MOVE = 0.05  # of the shorter side: what counts as having moved at all
 
 
@@ -87,12 +89,32 @@ def shape(seen: Detection, shape: str, colour: str | None = None) -> float:
 
 
 @scorer
+def looks(seen: Detection, looks: Sequence[Mapping[str, Any]]) -> float:
+    """Every named thing is there, of the asked shape whenever it is whole, and of the asked size.
+
+    A look has the thing's `shape`, its `colours` (several where it turns), and perhaps its `size`,
+    or how that `varies`.
+    """
+    for look in looks:
+        tracks = [seen.tracks[name] for name in look["colours"] if name in seen.tracks]
+        if not tracks or any(
+            seen.shapes_of(track, varies="varies" in look) != {look["shape"]} for track in tracks
+        ):
+            return 0.0
+        if "size" in look and any(_size_word(seen, track) != look["size"] for track in tracks):
+            return 0.0
+    return 1.0
+
+
+def _size_word(seen: Detection, track: Track) -> str:
+    radius = np.sqrt(track.full_area / np.pi) / seen.side
+    return "large" if radius > SIZE_LIMIT else "small"
+
+
+@scorer
 def size(seen: Detection, size: str) -> float:
     """The largest entity's radius is on the asked side of the limit between small and large."""
-    if seen.main is None:
-        return 0.0
-    radius = np.sqrt(seen.main.full_area / np.pi) / seen.side
-    return (radius > SIZE_LIMIT) == (size == "large")
+    return seen.main is not None and _size_word(seen, seen.main) == size
 
 
 @scorer
@@ -134,3 +156,36 @@ def pace(seen: Detection, pace: str) -> float:
         return 0.0
     way = float(np.hypot(*travel(seen.main))) / seen.side
     return way > MIN_MOVE and (way > PACE_LIMIT) == (pace == "quickly")
+
+
+@scorer
+def consistency(seen: Detection, camera: str = "static") -> float:
+    """Every entity keeps its shape and its size, and there is at least one.
+
+    Under a camera that zooms its size may grow or shrink, steadily.
+    """
+    tracks, is_zoomed = seen.tracks.values(), camera.startswith("zoom")
+    return bool(tracks) and all(
+        len(seen.shapes_of(track, varies=is_zoomed)) == 1 and keeps_size(track, is_zoomed=is_zoomed)
+        for track in tracks
+    )
+
+
+def keeps_size(track: Track, *, is_zoomed: bool = False) -> bool:
+    """Whether a track has one area wherever it is seen, apart from a steady zoom."""
+    at = np.nonzero(track.seen)[0]
+    area = np.log(track.area[at])
+    if is_zoomed and len(at) > 2:
+        area -= np.polyval(np.polyfit(at, area, 1), at)
+    return np.ptp(area) < SAME_AREA
+
+
+@scorer
+def static_camera(seen: Detection, stance: str, rows: int = 1, columns: int = 1) -> float:
+    """The ground, that of every panel, stays as it is at first: no camera moves or cuts."""
+    height, width = seen.height // rows, seen.width // columns
+    for row, column in np.ndindex(rows, columns):
+        part = np.s_[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+        if not Ground(seen.frames[part], seen.cover[part]).is_static:
+            return 0.0
+    return 1.0

@@ -17,7 +17,7 @@ from longtake.data.world import (
     score_clip,
     score_frames,
 )
-from longtake.data.world.clips import Description, describe
+from longtake.data.world.clips import Description, describe, draw_clip
 from longtake.data.world.language import KINDS, MAX_DENSE, MAX_SHORT
 from longtake.data.world.scene import (
     BIG_CANVAS_SHAPES,
@@ -132,6 +132,20 @@ def test_pairs_differ_in_one_word_and_in_what_it_says(family: str, split: str) -
                 assert colourless(clip.scene) == colourless(twin.scene)
         else:
             assert family in MOVES_CAMERA
+
+
+@pytest.mark.parametrize("family", ["move", "support", "bounce", "hoop"])
+def test_another_shape_takes_the_same_way(family: str) -> None:
+    """But for where it rests or turns: things of other shapes reach less or more far."""
+    for index in range(12):
+        plan = describe(5, "val", index, [family], Shapes())
+        other = next(s for s in ("circle", "square") if s != plan.words["shape"])
+        twin = draw_clip(replace(plan, words={**plan.words, "shape": other}))
+        (first, *_), (second, *_) = (c.scene.entities for c in (draw_clip(plan), twin))
+        if family != "support" or plan.form == "falls":
+            assert first.motion[0] == second.motion[0]
+        else:
+            assert first.motion[0].x == second.motion[0].x
 
 
 def near_others(clip: WorldClip, entities: set[Entity]) -> np.ndarray:

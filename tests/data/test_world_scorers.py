@@ -1,10 +1,14 @@
 """The permanent proof that the scorers measure what they claim: truth, faults, chance, codec."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from longtake.data.world import FAMILIES, SCORERS, Shapes, make_clip, score_clip
 from longtake.data.world.detect import Detection
+from longtake.data.world.language import KINDS
+from longtake.data.world.render import render
 from longtake.data.world.validity import measure
 
 QUICK = 20  # clips; the slow run takes enough of them to tell 0.99 from 0.97
@@ -80,9 +84,33 @@ def test_nothing_to_be_seen_scores_nothing() -> None:
         for index in range(4):
             clip = make_clip(7, "val", index, families=[family])
             scores = score_clip(np.full_like(clip.frames, 150), clip.truth)
-            for name in ("camera_word", "camera_steady"):  # a grey wall is a fine static shot
-                scores.pop(name, None)
+            for name in ("camera_word", "camera_steady", "static_camera"):
+                scores.pop(name, None)  # a grey wall is a fine static shot
             assert not any(scores.values()), (family, scores)
+
+
+def test_flicker_of_the_light_is_no_cut() -> None:
+    for index in range(16):
+        clip = make_clip(5, "val", index, families=["shots", "move"])
+        light = 1 + 0.03 * (-1.0) ** np.arange(len(clip.frames))
+        lit = (clip.frames * light[:, None, None, None]).clip(0, 255).astype(np.uint8)
+        assert min(score_clip(lit, clip.truth).values()) == 1, clip.key
+
+
+def test_a_wobble_of_the_picture_is_no_effect() -> None:
+    for index in range(16):
+        clip = make_clip(5, "val", index, families=["collide", "billiard"])
+        (shot,), times = clip.scene.shots, range(clip.scene.frames)
+        by = [0.35 * (-1) ** t for t in times]
+        shots = (replace(shot, start=t, x=shot.x + by[t], y=shot.y + by[t]) for t in times)
+        wobbling = render(replace(clip.scene, shots=tuple(shots))).frames
+        assert min(score_clip(wobbling, clip.truth).values()) == 1, clip.key
+
+
+def test_only_captions_that_say_so_ask_for_a_static_camera() -> None:
+    clip = make_clip(7, "val", 0, families=["move"])
+    asked = {kind: "static_camera" in clip.reading(kind).expect for kind in KINDS}
+    assert asked == {"dense": True, "zh": True, "short": False, "vague": False}
 
 
 def test_frames_of_another_kind_are_refused() -> None:

@@ -10,17 +10,29 @@ from scipy import ndimage
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
+    look,
+    looks,
     margins,
     pick,
     register,
     still,
 )
-from longtake.data.world.faults import reversed_in_time, with_changes, with_motion
+from longtake.data.world.faults import (
+    cut_midway,
+    missing,
+    panned,
+    reshaped,
+    reversed_in_time,
+    with_changes,
+    with_motion,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import COLOURS, SIZES, Change, Entity, Event, Scene
 from longtake.data.world.scorers import scorer
@@ -41,11 +53,20 @@ MIN_CHANGE = float(np.log(1.18))  # of size or brightness, to count as one
 MAX_CHANGE = float(np.log(1.2))  # of what must stay as it is
 
 
+def _looks_chance(canvas: Canvas) -> float:
+    """That the thing is alike or, but for held-out ones, has the colour before or after a turn."""
+    turned = 0.0 if canvas.split == "combo" else 0.1 / len(canvas.shapes)
+    return alike(1, range(3))(canvas) + turned
+
+
 def _form(said: str, zh: str, slot: str, vague: str, end: str, options: int) -> Form:
     """`slot` says what happens, in one of `options` ways; the colour is `end` afterwards."""
     values = {"start": "{colour}", "end": end, "change": f"{{{slot}}}", "manner": "{manner}"}
     if slot == "colour2":
         values["change"] = "turns"
+    named = look(turned="colour2" if slot == "colour2" else None)
+    if slot == "growth":
+        named["varies"] = "{growth}"
     thing = "{colour} {shape}" if slot == "growth" else "{size} {colour} {shape}"
     zh_thing = "{colour}{shape}" if slot == "growth" else "{size}的{colour}{shape}"
     return Form(
@@ -54,7 +75,11 @@ def _form(said: str, zh: str, slot: str, vague: str, end: str, options: int) -> 
         short=f"a {{colour}} {{shape}} {said} {{manner}}",
         vague=f"something changes its {vague}",
         zh=f"灰色背景上，一个静止的{zh_thing}{{manner}}{zh}。{STATIC_CAMERA_ZH}",
-        asks=(Ask("attribute", values, 0.01, 1 / options),),
+        asks=(
+            Ask("attribute", values, 0.01, 1 / options),
+            looks(named, chance=_looks_chance),
+            STATIC,
+        ),
         flips=("manner", slot, "colour"),
         words=OWN,
     )
@@ -238,7 +263,9 @@ register(
                 another_instead,
                 another_too,
                 leaving,
-            )
+            ),
+            "looks": (reshaped, missing),
+            "static_camera": (cut_midway, panned),
         },
     )
 )

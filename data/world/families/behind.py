@@ -10,25 +10,33 @@ from scipy import ndimage
 
 from longtake.data.world.detect import Detection, Track
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
+    look,
+    looks,
     pick,
     register,
 )
 from longtake.data.world.faults import (
+    cut_midway,
     half_gone,
     mirrored,
     missing,
+    panned,
     recoloured,
     redrawn,
+    reshaped,
+    with_changes,
     with_motion,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import COLOURS, DIRECTIONS, SIZES, Change, Entity, Scene, Segment
-from longtake.data.world.scorers import MIN_MOVE, along, scorer
+from longtake.data.world.scorers import MIN_MOVE, along, keeps_size, scorer
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -47,14 +55,14 @@ PASSING = {"one": "{colour}", "two": "{colour2}", "word": "{direction}"}
 
 @scorer
 def depth(seen: Detection, one: str, two: str, word: str) -> float:
-    """Where the two meet, the one in front is a whole shape and the other is cut."""
+    """Where the two meet, the one in front is a whole shape, as ever, and the other is cut."""
     first, second = seen.tracks.get(one), seen.tracks.get(two)
     if first is None or second is None:
         return 0.0
     back, front = (first, second) if word == "behind" else (second, first)
     meet = _patch(seen, back) & ndimage.binary_dilation(_patch(seen, front), _AROUND)
     frames = np.nonzero(meet.any((1, 2)))[0]
-    if not len(frames):
+    if not len(frames) or not keeps_size(front) or len(seen.shapes_of(front)) > 1:
         return 0.0
     cut = _wholeness(seen, back)[frames]
     deepest = np.argsort(cut)[: -(-len(frames) // 3)]
@@ -100,6 +108,23 @@ def unhidden(clip: WorldClip) -> np.ndarray:
     return redrawn(
         clip, lambda s: replace(s, entities=tuple(replace(e, changes=halved) for e in s.entities))
     )
+
+
+def _in_front(clip: WorldClip, *changes: Change) -> np.ndarray | None:
+    """Frames in which the one in front undergoes changes; None for an image."""
+    front = int(clip.words["depth"] == "behind")
+    return with_changes(clip, front, *changes) if clip.scene.frames > 1 else None
+
+
+def front_flickering(clip: WorldClip) -> np.ndarray | None:
+    """The one in front is a third larger in every second frame."""
+    times = range(clip.scene.frames)
+    return _in_front(clip, *(Change(t, "radius", (1.0, 1.35)[t % 2]) for t in times))
+
+
+def front_reshaped(clip: WorldClip) -> np.ndarray | None:
+    """The one in front takes another shape in the middle of the clip."""
+    return _in_front(clip, Change(clip.scene.frames // 2, "shape", "triangle"))
 
 
 def stopped_halfway(clip: WorldClip) -> np.ndarray:
@@ -169,6 +194,11 @@ def _passing(
     return Segment(0.0, across, start, 0.0, uy * speed), Segment(0.0, across + aside, middle)
 
 
+def _looks_chance(canvas: Canvas) -> float:
+    """Half of the others are at rest, where what is partly hidden may be of any shape."""
+    return alike(2, range(2), SHAPES)(canvas) / 2
+
+
 NOUNS = "a {size} {colour} {shape} is {depth} a {size} {colour2} {shape2} and they overlap"
 SHORT = "a {colour} {shape} {depth} a {colour2} {shape2}"
 ZH = "一个{size}的{colour}{shape}在一个{size}的{colour2}{shape2}的{depth}，两者部分重叠"
@@ -188,7 +218,7 @@ FORMS = {
         short=f"{SHORT}, both stay still",
         vague="two still things that overlap",
         zh=f"灰色背景上{ZH}，它们都静止不动。{STATIC_CAMERA_ZH}",
-        asks=(*PAIR, Ask("count_constancy", {}, 1.0)),
+        asks=(*PAIR, Ask("count_constancy", {}, 1.0), STATIC),
         flips=("colour", "colour2", "depth"),
         words={"depth": DEPTHS},
         choices={"shape": SHAPES, "shape2": SHAPES},
@@ -200,7 +230,13 @@ FORMS = {
         vague="something passes something",
         zh="一个小的{colour}{shape}向{direction}移动，从一个静止的小的{colour2}{shape2}的{depth}"
         f"经过，途中部分重叠。灰色背景。{STATIC_CAMERA_ZH}",
-        asks=(*PAIR, Ask("passing", PASSING, 1 / 240, 1 / 4), Ask("count_constancy", {}, 1.0)),
+        asks=(
+            *PAIR,
+            Ask("passing", PASSING, 1 / 240, 1 / 4),
+            looks(look(), look("2"), chance=_looks_chance),
+            Ask("count_constancy", {}, 1.0),
+            STATIC,
+        ),
         flips=("colour", "colour2", "direction", "depth"),
         words={"depth": DEPTHS},
         choices={"shape": SHAPES, "shape2": SHAPES},
@@ -218,9 +254,11 @@ register(
         min_side=24,  # of what a small thing hides at 16 px, too little is left to judge
         faults={
             "colour": (recoloured, missing),
-            "depth": (exchanged, unhidden, missing),
+            "depth": (exchanged, unhidden, missing, front_flickering, front_reshaped),
             "passing": (mirrored, stopped_halfway, missing),
+            "looks": (reshaped, missing),
             "count_constancy": (half_gone,),
+            "static_camera": (cut_midway, panned),
         },
     )
 )

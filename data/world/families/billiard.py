@@ -8,20 +8,42 @@ import numpy as np
 
 from longtake.data.world.families.collide import (
     GAP,
+    TRAVEL,
     effect_first,
     goes_on,
     later_effect,
     no_effect,
     run_through,
 )
-from longtake.data.world.families.registry import Ask, Canvas, Family, Form, draw_look, register
-from longtake.data.world.faults import at_rest, half_gone, mirrored, missing, recoloured
+from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
+    Ask,
+    Canvas,
+    Family,
+    Form,
+    draw_look,
+    register,
+)
+from longtake.data.world.faults import (
+    at_rest,
+    cut_midway,
+    flickering,
+    half_gone,
+    mirrored,
+    missing,
+    panned,
+    recoloured,
+    reshaped,
+    reshaped_midway,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import DIRECTIONS, Entity, Event, Scene, Segment
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
 
+OOD_TRAVEL = (0.68, 0.75)  # of the way there is
 # angle of the line of centres to the hitter's way, degrees; flatter than ever out of distribution
 ANGLES, OOD_ANGLES = (36.0, 54.0), (26.0, 32.0)
 
@@ -58,7 +80,7 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     # the ways ahead and aside of the pair, but for the travel that the hitter would have had alone
     reach, spread = share + cos * cos * (1 - share), 2 * sin * cos * (1 - share)
     longest = min((length - 2 * radius * cos) / reach, (breadth - 2 * radius * sin) / spread)
-    travel = rng.uniform(0.88, 1.0) * longest
+    travel = rng.uniform(*(OOD_TRAVEL if canvas.split == "ood" else TRAVEL)) * longest
     start = low + rng.random() * (length - 2 * radius * cos - travel * reach)
     across = low + travel * spread / 2
     across += rng.random() * (breadth - 2 * radius * sin - travel * spread)
@@ -84,6 +106,7 @@ def _path(start: float, at: np.ndarray, velocity: np.ndarray) -> Segment:
 
 
 SIDES = {"across": ("up", "down"), "upright": ("left", "right")}
+LOOKS = [{"shape": "circle", "colours": [slot]} for slot in ("{colour}", "{colour2}")]
 WORDS = {
     "hitter": "{colour}",
     "target": "{colour2}",
@@ -104,7 +127,10 @@ def _form(directions: tuple[str, str], sides: tuple[str, str]) -> Form:
         asks=(
             Ask("colour", {"colours": ["{colour}", "{colour2}"]}, 1 / 15),
             Ask("causal", WORDS, lambda canvas: 1 / (40 if canvas.split == "combo" else 240)),
+            Ask("looks", {"looks": LOOKS}, 1 / 15),
             Ask("count_constancy", {}, 1.0),
+            CONSTANT,
+            STATIC,
         ),
         flips=("colour", "colour2", "direction", "direction2"),
         choices={"direction": directions, "direction2": sides},
@@ -125,6 +151,7 @@ register(
         build=build,
         faults={
             "colour": (recoloured, missing),
+            "looks": (reshaped, missing),
             "causal": (
                 mirrored,
                 other_side,
@@ -135,6 +162,8 @@ register(
                 run_through,
             ),
             "count_constancy": (half_gone,),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
         },
         nudge=later_effect,
     )

@@ -21,16 +21,31 @@ from longtake.data.world.contact import (
 )
 from longtake.data.world.detect import Detection, Track
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
+    look,
+    looks,
     pick,
     register,
     still,
 )
-from longtake.data.world.faults import at_rest, mirrored, missing, recoloured
+from longtake.data.world.faults import (
+    at_rest,
+    cut_midway,
+    flickering,
+    mirrored,
+    missing,
+    panned,
+    recoloured,
+    reshaped,
+    reshaped_midway,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.render import render
 from longtake.data.world.scene import BAR_GREY, DIRECTIONS, EXTENTS, Change, Entity, Event, Scene
@@ -70,6 +85,9 @@ FORM = Form(
             chance=1 / 60,
             blind=1 / 2,
         ),
+        looks(look(), look("2"), chance=alike(2, shapes=SHAPES)),
+        CONSTANT,
+        STATIC,
     ),
     flips=("colour", "colour2", "contact"),
     words={"contact": CONTACT},
@@ -175,6 +193,9 @@ register(
         faults={
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),
+            "looks": (reshaped, missing),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
             "bite": (*effect_faults(2, 0.0, 1.0), _bitten_without_contact, at_rest),
         },
     )

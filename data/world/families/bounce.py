@@ -7,6 +7,8 @@ import numpy as np
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -16,7 +18,18 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.families.support import HELD_OUT, SHAPES, TOLERANCE
-from longtake.data.world.faults import at_rest, missing, recoloured, reshaped, resized, with_motion
+from longtake.data.world.faults import (
+    at_rest,
+    cut_midway,
+    flickering,
+    missing,
+    panned,
+    recoloured,
+    reshaped,
+    reshaped_midway,
+    resized,
+    with_motion,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import (
     DIRECTIONS,
@@ -110,6 +123,8 @@ LOOKS = (
     Ask("colour", {"colours": ["{colour}"]}, 1 / 6),
     Ask("shape", {"shape": "{shape}"}, 1 / 2),
     Ask("size", {"size": "{size}"}, 1 / 2),
+    CONSTANT,
+    STATIC,
 )
 CHANCE = 1 / 4 * 1 / 4 + 1 / 4 * 1 / 8  # both are straight and alike, or both slanted and alike
 
@@ -162,7 +177,10 @@ def draw(rng: np.random.Generator, canvas: Canvas) -> tuple[str, dict[str, str]]
 
 
 def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> Scene:
-    """Constant speed; at the contact only the velocity along the edge's normal changes its sign."""
+    """Constant speed; at the contact only the velocity along the edge's normal changes its sign.
+
+    The way there is a circle's: what reaches less far touches the edge later.
+    """
     way, turn, drift, place = rng.random(4)
     radius = canvas.radius(words["size"])
     reach = EXTENTS[words["shape"]][0] * radius
@@ -174,15 +192,18 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     contact = (TURN_SHARE[0] + turn * (TURN_SHARE[1] - TURN_SHARE[0])) * steps
     sign = sum(DIRECTIONS[words["direction"]]) if "direction" in words else 0
     slide = sign * (DRIFT[0] + drift * (DRIFT[1] - DRIFT[0])) * side / steps
-    free = breadth - 2 * reach - 1 - abs(slide) * steps
-    start = reach + 0.5 + place * free + max(-slide * steps, 0)
-    at_wall = reach if ux + uy < 0 else (canvas.width if ux else canvas.height) - reach
+    free = breadth - 2 * radius - 1 - abs(slide) * steps
+    start = radius + 0.5 + place * free + max(-slide * steps, 0)
+    edge = 0 if ux + uy < 0 else (canvas.width if ux else canvas.height)
+    come = edge - (ux + uy) * (radius + speed * contact)
+    at_wall = edge - (ux + uy) * reach
+    contact += (radius - reach) / speed
     touch = start + slide * contact
     if ux:
-        before = Segment(0.0, at_wall - ux * speed * contact, start, ux * speed, slide)
+        before = Segment(0.0, come, start, ux * speed, slide)
         after = Segment(contact, at_wall, touch, -ux * speed, slide)
     else:
-        before = Segment(0.0, start, at_wall - uy * speed * contact, slide, uy * speed)
+        before = Segment(0.0, start, come, slide, uy * speed)
         after = Segment(contact, touch, at_wall, slide, -uy * speed)
     entity = Entity(0, words["shape"], words["colour"], radius, (before, after), words["size"])
     return canvas.scene(rng, entity, events=(Event(contact, "bounce", (0,)),))
@@ -248,6 +269,8 @@ register(
             "colour": (recoloured, missing),
             "shape": (reshaped,),
             "size": (resized,),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
             "bounce": (
                 turned_too_soon,
                 left_the_frame,

@@ -13,6 +13,7 @@ from longtake.data.world.families.registry import (
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
     margins,
     pick,
@@ -21,11 +22,14 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     blinking,
+    flickering,
     half_gone,
     missing,
     recoloured,
     recoloured_midway,
     redrawn,
+    reshaped,
+    reshaped_midway,
     reversed_in_time,
     with_motion,
 )
@@ -53,12 +57,21 @@ MIN_SHIFT, MIN_ZOOM = 0.1, 0.15  # what counts as moving: share of the frame, lo
 
 
 CHANCE = 7 / 8**2 + 1 / 4 / 8**2  # seven words, or following in the same direction
-ASKS = (
+CONSTANT = 1 - 2 / 8 * 6 / 8  # two of eight zoom, where six ask that nothing grows
+LOOKS = (
     Ask("colour", {"colours": ["{colour}"]}, 1 / 6),
-    Ask("camera_word", {"word": "{camera}"}, CHANCE),
-    Ask("camera_steady", {"word": "{camera}"}, CHANCE),
+    Ask("shape", {"shape": "{shape}"}, alike(1, colours=False)),
     Ask("count_constancy", {}, 1.0),
 )
+
+
+def _path(word: str) -> tuple[Ask, Ask]:
+    return (
+        Ask("camera_word", {"word": word}, CHANCE),
+        Ask("camera_steady", {"word": word}, CHANCE),
+    )
+
+
 FORMS = {
     "still": Form(
         dense="A small {colour} {shape} stays still on a textured grey background. "
@@ -66,7 +79,7 @@ FORMS = {
         short="a {colour} {shape}, the camera {camera}",
         vague="something, and the camera",
         zh="一个小的{colour}{shape}静止在灰色纹理背景上。镜头{camera}。",
-        asks=ASKS,
+        asks=(*LOOKS, *_path("{camera}"), Ask("consistency", {"camera": "{camera}"}, CONSTANT)),
         flips=("colour", "camera"),
         words={"camera": CAMERA},
     ),
@@ -76,12 +89,7 @@ FORMS = {
         short="a {colour} {shape} moves {direction}, the camera follows it",
         vague="something moves, and the camera too",
         zh="一个小的{colour}{shape}在灰色纹理背景上向{direction}移动。镜头跟随它，使它保持在中间。",
-        asks=(
-            ASKS[0],
-            Ask("camera_word", {"word": "follow {direction}"}, CHANCE),
-            Ask("camera_steady", {"word": "follow {direction}"}, CHANCE),
-            ASKS[-1],
-        ),
+        asks=(*LOOKS, *_path("follow {direction}"), Ask("consistency", {}, CONSTANT)),
         flips=("colour", "direction"),
     ),
 }
@@ -268,6 +276,8 @@ register(
         build=build,
         faults={
             "colour": (recoloured, missing),
+            "shape": (reshaped,),
+            "consistency": (flickering, reshaped_midway),
             "camera_word": (turned_round, unmoved, left_behind),
             "camera_steady": (shaky, jumping, drifting, zooming, turned_round, unmoved),
             "count_constancy": (blinking, half_gone, recoloured_midway),

@@ -17,6 +17,8 @@ from longtake.data.world.contact import (
 )
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -26,7 +28,17 @@ from longtake.data.world.families.registry import (
     register,
     still,
 )
-from longtake.data.world.faults import at_rest, mirrored, missing, recoloured, with_changes
+from longtake.data.world.faults import (
+    at_rest,
+    cut_midway,
+    flickering,
+    mirrored,
+    missing,
+    panned,
+    recoloured,
+    reshaped_midway,
+    with_changes,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import COLOURS, EXTENTS, Change, Entity, Event, Scene
 from longtake.data.world.scorers import scorer
@@ -62,6 +74,8 @@ FORM = Form(
             lambda canvas: 1 / 20 if canvas.split == "combo" else 1 / 60,
             1 / 2,
         ),
+        CONSTANT,
+        STATIC,
     ),
     flips=("colour", "colour2", "contact"),
     words={"contact": CONTACT},
@@ -146,6 +160,8 @@ register(
         faults={
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
             "flame": (*effect_faults(1, 1.0, 0.0), _out_without_contact, at_rest),
         },
     )

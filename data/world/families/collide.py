@@ -9,27 +9,37 @@ import numpy as np
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
+    look,
+    looks,
     margins,
     register,
 )
 from longtake.data.world.faults import (
     at_rest,
+    cut_midway,
+    flickering,
     half_gone,
     mirrored,
     missing,
+    panned,
     recoloured,
+    reshaped,
+    reshaped_midway,
     with_entity,
     with_motion,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.render import render
 from longtake.data.world.scene import DIRECTIONS, EXTENTS, Entity, Event, Scene, Segment, positions
-from longtake.data.world.scorers import scorer
+from longtake.data.world.scorers import MIN_MOVE, scorer
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -37,7 +47,7 @@ if TYPE_CHECKING:
 SHAPES = ("circle", "square")  # their contact along an axis is exact
 GAP = 0.3  # px to the frame's edge
 SHARP = 0.03  # of the shorter side: how exactly pixels tell when two things are nearest
-OOD_TRAVEL = 0.75  # of the way there is; never below 0.88 in the other splits
+TRAVEL, OOD_TRAVEL = (0.88, 1.0), (0.6, 0.63)  # of the way there is
 
 
 @scorer
@@ -58,21 +68,22 @@ def causal(seen: Detection, hitter: str, target: str, word: str, aside: str = ""
     ahead, after = np.array(DIRECTIONS[word]), a[min(start + 1, steps) :]
     came, went, turned = (after[0] - a[0]) @ ahead, b[-1] - b[start], after[-1] - after[0]
     pace = (a[start] - a[0]) @ ahead / max(start, 1)
-    if pace <= 0 or came < 0.07 * unit or np.hypot(*went) < 0.07 * unit:
+    if pace <= 0 or came < MIN_MOVE * unit or np.hypot(*went) < MIN_MOVE * unit:
         return 0.0  # no cause, or no effect
     if not -0.12 * unit < gap.min() < 0.04 * unit + pace:
         return 0.0  # they run through each other, or do not touch
     shift = np.hypot(*(b - b[0]).T)
-    if (shift[: max(start, 1)] > max(0.02 * unit, 0.15 * shift[-1])).any():
+    early, late = np.array_split(b[: max(start, 2)], 2)  # means: a wobble is no effect
+    if np.hypot(*(late.mean(0) - early.mean(0))) > max(0.012 * unit, 0.1 * shift[-1]):
         return 0.0  # an effect before its cause
     speed = np.hypot(*went) / max(steps - start, 1)  # at least; px/frame
-    if np.argmax(shift > 0.05 * unit) > start + 2 + SHARP * unit / pace + 0.05 * unit / speed:
+    if np.argmax(shift > 0.05 * unit) > start + 2 + 2 * SHARP * unit / pace + 0.05 * unit / speed:
         return 0.0  # an effect long after its cause
     if not aside:
         stays = np.hypot(*(after - after[0]).T) < 0.06 * unit
         return went @ ahead > 2 * abs(went @ ahead[::-1]) and stays.all()
     side = np.array(DIRECTIONS[aside])
-    return min(went @ ahead, went @ side, turned @ -side) > 0.03 * unit
+    return min(went @ ahead, went @ side, 1.5 * (turned @ -side)) > 0.03 * unit
 
 
 def no_effect(clip: WorldClip) -> np.ndarray:
@@ -123,7 +134,7 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     length, breadth = (canvas.width, canvas.height) if ux else (canvas.height, canvas.width)
     steps = canvas.frames - 1
     longest = length - 2 * sum(reach) - 2 * GAP
-    travel = longest * (OOD_TRAVEL if canvas.split == "ood" else rng.uniform(0.88, 1.0))
+    travel = longest * rng.uniform(*(OOD_TRAVEL if canvas.split == "ood" else TRAVEL))
     start = reach[0] + GAP + rng.random() * (longest - travel)
     speed = travel / steps
     contact = rng.uniform(0.42, 0.58) * steps  # in frames
@@ -161,7 +172,10 @@ FORMS = {
                 {"hitter": "{colour}", "target": "{colour2}", "word": "{direction}"},
                 chance=1 / 120,
             ),
+            looks(look(), look("2"), chance=alike(2, shapes=SHAPES)),
             Ask("count_constancy", {}, 1.0),
+            CONSTANT,
+            STATIC,
         ),
         flips=("colour", "colour2", "direction"),
         choices={"shape": SHAPES, "shape2": SHAPES},
@@ -177,8 +191,11 @@ register(
         build=build,
         faults={
             "colour": (recoloured, missing),
+            "looks": (reshaped, missing),
             "causal": (mirrored, no_effect, at_rest, effect_first, goes_on, run_through),
             "count_constancy": (half_gone,),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
         },
         nudge=later_effect,
     )

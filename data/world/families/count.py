@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -21,10 +23,14 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     blinking,
+    cut_midway,
+    flickering,
     half_gone,
     missing,
+    panned,
     recoloured_midway,
     redrawn,
+    reshaped_midway,
     split_in_two,
     with_changes,
 )
@@ -240,7 +246,7 @@ def _form(
         short=short,
         vague=vague,
         zh=f"{zh}{STATIC_CAMERA_ZH}",
-        asks=(*asks, Ask("count_constancy", {}, 1.0)),
+        asks=(*asks, Ask("count_constancy", {}, 1.0), CONSTANT, STATIC),
         flips=flips,
         **rest,
     )
@@ -305,6 +311,8 @@ register(
             "colour": (miscoloured,),
             "count": (missing, split, split_in_two),
             "count_constancy": (blinking, half_gone, changed_midway, split_midway),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
         },
     )
 )

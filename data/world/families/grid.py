@@ -10,6 +10,7 @@ import numpy as np
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -20,7 +21,14 @@ from longtake.data.world.families.registry import (
     register,
     still,
 )
-from longtake.data.world.faults import NEXT_SHAPE, recoloured
+from longtake.data.world.faults import (
+    NEXT_SHAPE,
+    cut_midway,
+    flickering,
+    panned,
+    recoloured,
+    reshaped_midway,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.render import render
 from longtake.data.world.scene import (
@@ -52,7 +60,7 @@ SHARES, OOD_SHARES = (0.25, 0.45), (0.5, 0.6)  # of a way, in the panel's shorte
 DARKER = 0.7  # than what lies on both sides: the line between two panels
 
 
-def _asks(form: str, motion: str, looks: dict[str, dict[str, str]], chance: float) -> tuple:
+def _asks(form: str, motion: str, named: dict[str, dict[str, str]], chance: float) -> tuple:
     """Every panel obeys the rules of its own clause; `#` stands for the number of its slots."""
     rows, columns = LAYOUTS[form]
 
@@ -63,12 +71,14 @@ def _asks(form: str, motion: str, looks: dict[str, dict[str, str]], chance: floa
         "colour": {"colours": ["{colour#}"]},
         "count": {"count": 1},
         "count_constancy": {},
+        "consistency": {},
         "direction": {"word": motion},
     }
     layout = {"rows": rows, "columns": columns}
     return (
         Ask("grid", {**layout, "panels": numbered(moves)}, 0.001),
-        Ask("panel_looks", {**layout, "panels": numbered(looks)}, chance),
+        Ask("panel_looks", {**layout, "panels": numbered(named)}, chance),
+        replace(STATIC, values={**STATIC.values, **layout}),
     )
 
 
@@ -299,7 +309,8 @@ register(
         min_side=32,
         faults={
             "grid": (exchanged, one_empty, same_everywhere, one_video, without_panels)
-            + (one_at_rest, recoloured),
+            + (one_at_rest, recoloured, flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
             "panel_looks": (one_reshaped, one_empty),
         },
     )

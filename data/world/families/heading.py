@@ -8,6 +8,7 @@ import numpy as np
 from longtake.data.world.detect import Detection, Track
 from longtake.data.world.families.bounce import fit
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -18,9 +19,13 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     at_rest,
+    cut_midway,
+    flickering,
     missing,
+    panned,
     recoloured,
     redrawn,
+    reshaped_midway,
     resized,
     reversed_in_time,
     with_changes,
@@ -109,6 +114,7 @@ def heading(seen: Detection, first: str, then: str = "") -> float:
 LOOKS = (
     Ask("colour", {"colours": ["{colour}"]}, lambda c: 1 / 4 if c.split == "combo" else 1 / 6),
     Ask("size", {"size": "{size}"}, 1 / 2),
+    STATIC,
 )
 CHANCE = 1 / 4 * 1 / 4 + 1 / 4 * 1 / 8  # both go straight and alike, or turn and alike
 
@@ -231,7 +237,9 @@ register(
         faults={
             "colour": (recoloured, missing),
             "size": (resized,),
-            "heading": (backwards, sideways, never_turned, at_rest, reversed_in_time, missing),
+            "heading": (backwards, sideways, never_turned, at_rest, reversed_in_time, missing)
+            + (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
         },
     )
 )

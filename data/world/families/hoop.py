@@ -8,6 +8,8 @@ import numpy as np
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.bounce import bounces_at
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -26,10 +28,14 @@ from longtake.data.world.families.support import (
 )
 from longtake.data.world.faults import (
     at_rest,
+    cut_midway,
+    flickering,
     missing,
+    panned,
     recoloured,
     redrawn,
     reshaped,
+    reshaped_midway,
     with_entity,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Vocabulary, Words
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
 # what the gap is wider than the entity, as a share of the shorter side; wider out of distribution
 CLEARANCE = (0.10, 0.14)
 OOD_CLEARANCE = (0.22, 0.25)
+OOD_WALL_AT = (0.58, 0.62)  # further, and so in the same time faster
 GAP_AT = 0.3  # of the breadth, from the side on which the gap is
 WALL_AT = (0.50, 0.55)  # where the wall begins, as a share of the way across the frame
 TURN_SHARE = (0.50, 0.55)  # of the clip: it never goes back further than it came from
@@ -118,6 +125,8 @@ def _form(direction: tuple[str, str], place: str, places: tuple[str, str]) -> Fo
         asks=(
             Ask("colour", {"colours": ["{colour}"]}, 1 / 6),
             Ask("shape", {"shape": "{shape}"}, 1 / 2),
+            CONSTANT,
+            STATIC,
             Ask("solid", values, 1 / 8),
             Ask("solid", {**values, "gap": f"{{{place}}}"}, 1 / 16),  # where the place is said too
         ),
@@ -154,17 +163,20 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
         length, breadth = breadth, length
     low, high = OOD_CLEARANCE if canvas.split == "ood" else CLEARANCE
     gap = int(np.ceil(2 * radius + (low + wide * (high - low)) * side))
-    near = int((WALL_AT[0] + at * (WALL_AT[1] - WALL_AT[0])) * length)
+    low, high = OOD_WALL_AT if canvas.split == "ood" else WALL_AT
+    near = int((low + at * (high - low)) * length)
     far, gap_low = near + thick, round(GAP_AT * breadth - gap / 2)
     gap_high = gap_low + gap
     first = radius + 0.3
-    start = first + begin * np.clip(near - radius - first - MIN_APPROACH * side, 0, 0.1 * side)
+    slack = 0.0 if canvas.split == "ood" else 0.1 * side
+    start = first + begin * np.clip(near - radius - first - MIN_APPROACH * side, 0, slack)
     is_through = words["outcome"] == "through"
     lines = (gap_low, gap_high) if is_through else (gap_high, breadth)
     across = lines[0] + first + line * max(lines[1] - lines[0] - 2 * first, 0)
     steps = canvas.frames - 1
     contact = (TURN_SHARE[0] + when * (TURN_SHARE[1] - TURN_SHARE[0])) * steps
-    speed = (near - reach - start) / contact
+    speed = (near - radius - start) / contact  # a circle's: what reaches less far turns later
+    contact += (radius - reach) / speed
     if is_through:
         speed = (far + radius + 0.5 * (length - far - 2 * radius) - start) / steps
     motion = [Segment(0.0, start, across, speed)]
@@ -263,6 +275,8 @@ register(
         faults={
             "colour": (recoloured, missing),
             "shape": (reshaped,),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
             "solid": (
                 passed_over,
                 passed_behind,

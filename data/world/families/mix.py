@@ -11,11 +11,15 @@ import numpy as np
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.camera import CAMERA, TEXTURE
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
     draw_look,
+    look,
+    looks,
     margins,
     pick,
     register,
@@ -23,11 +27,15 @@ from longtake.data.world.families.registry import (
 from longtake.data.world.faults import (
     at_rest,
     coloured_back,
+    cut_midway,
+    flickering,
     flipped,
     missing,
+    panned,
     recoloured_midway,
     redrawn,
     reshaped,
+    reshaped_late,
     reversed_in_time,
     with_changes,
     with_motion,
@@ -83,8 +91,14 @@ def _held_out(canvas: Canvas) -> float:
     return 9 / (4 * len(canvas.shapes)) if canvas.split == "combo" else 0.0
 
 
+STILL = replace(STATIC, chance=3 / 4)  # but for the form with a pan
 LOOK = Ask("shape", {"shape": "{shape}", "colour": "{colour}"}, _looks_chance)
 DIRECTION = Ask("direction", MOVES, _direction_chance)
+
+
+def _named_chance(canvas: Canvas) -> float:
+    """Over all forms: most often it is the one thing of a pan that is there, with its shape."""
+    return 0.22 / len(canvas.shapes)
 
 
 def _mix(*rules: dict[str, Any]) -> Ask:
@@ -108,6 +122,9 @@ FORMS = {
                 {"direction": MOVES},
                 {"direction": ALSO_MOVES},
             ),
+            looks(look(), look("2"), chance=_named_chance),
+            CONSTANT,
+            STILL,
         ),
         flips=("colour", "direction", "direction2"),
         choices={"row": ROWS, "row2": ROWS},
@@ -124,6 +141,9 @@ FORMS = {
             DIRECTION,
             Ask("turns", TURNS, 1 / 60),
             _mix({"direction": MOVES, "turns": TURNS}),
+            looks(look(), look("2", turned="colour3"), chance=_named_chance),
+            CONSTANT,
+            STILL,
         ),
         flips=("direction", "colour3"),
         choices={"row": ROWS, "row2": ROWS},
@@ -144,6 +164,9 @@ FORMS = {
             _mix(
                 {"colour": TRIO, "count_constancy": {}}, {"direction": MOVES, "relation": RELATED}
             ),
+            looks(look(), look("2"), look("3"), chance=_named_chance),
+            CONSTANT,
+            STILL,
         ),
         flips=("colour", "direction", "relation"),
         words={"relation": RELATIONS},
@@ -159,6 +182,8 @@ FORMS = {
             Ask("turns", TURNS_PANNED, 1 / 60),
             Ask("camera_word", {"word": "{camera}"}, 1 / 16),
             _mix({"turns": TURNS_PANNED, "camera_word": {"word": "{camera}"}}),
+            looks(look(turned="colour2"), chance=_named_chance),
+            CONSTANT,
         ),
         flips=("colour", "colour2", "camera"),
         words={"camera": PANS},
@@ -346,6 +371,9 @@ register(
             "colour": (recoloured_midway, missing),
             "shape": (reshaped,),
             "direction": (at_rest, other_way),
+            "looks": (reshaped, missing),
+            "consistency": (flickering, reshaped_late),
+            "static_camera": (cut_midway, panned),
             "turns": (unturned, turned_back, reversed_in_time),
             "relation": (flipped,),
             "camera_word": (unpanned, reversed_in_time),

@@ -3,24 +3,30 @@
 import numpy as np
 
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
     draw_look,
-    margins,
     pick,
     register,
+    roomiest,
 )
 from longtake.data.world.faults import (
     at_rest,
     blinking,
+    cut_midway,
+    flickering,
     half_gone,
     mirrored,
     missing,
+    panned,
     recoloured,
     recoloured_midway,
     reshaped,
+    reshaped_midway,
     resized,
     split_in_two,
 )
@@ -40,6 +46,8 @@ MOTION = (
     Ask("direction", {"word": "{direction}"}, 1 / 4),
     Ask("pace", {"pace": "{pace}"}, 1 / 2),
     Ask("count_constancy", {}, 1.0),
+    CONSTANT,
+    STATIC,
 )
 
 
@@ -87,7 +95,7 @@ def draw(rng: np.random.Generator, canvas: Canvas) -> tuple[str, dict[str, str]]
 def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> Scene:
     """Constant velocity, always wholly inside the frame."""
     radius = canvas.radius(words["size"])
-    side, top, bottom = margins(words["shape"], radius)
+    side, top, bottom = roomiest(canvas.shapes, radius)
     low = np.array([side, top])
     free = np.array([canvas.width - side, canvas.height - bottom]) - low
     place = words["place"].split() if form == "image" else []
@@ -124,6 +132,8 @@ register(
             "direction": (mirrored, at_rest),
             "pace": (at_rest,),
             "count_constancy": (blinking, half_gone, recoloured_midway, split_in_two),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
         },
     )
 )

@@ -7,22 +7,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from longtake.data.world.detect import Detection, Track
+from longtake.data.world.detect import WHOLE, Detection, Track
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
     register,
     still,
 )
 from longtake.data.world.faults import (
     at_rest,
+    cut_midway,
+    flickering,
     mirrored,
     missing,
+    panned,
     recoloured,
     redrawn,
+    reshaped,
+    reshaped_midway,
     with_changes,
     with_entity,
     with_motion,
@@ -53,7 +60,7 @@ DARK = (BAR_GREY[0] + 140) / 2  # between an occluder and the darkest background
 @scorer
 def permanence(seen: Detection, word: str) -> float:
     """One entity goes in the asked direction, vanishes only behind something dark, and comes out on
-    its other side with its colour, on its way as if it had never been hidden."""
+    its other side with its colour, shape and size, on its way as if it had never been hidden."""
     track = seen.main
     if track is None or len(seen.tracks) > 1 or (track.blobs > 1).any():
         return 0.0
@@ -71,6 +78,16 @@ def permanence(seen: Detection, word: str) -> float:
         return 0.0
     speed = (way[last[-1]] - way[first[0]]) / (last[-1] - first[0])
     if speed * (seen.num_frames - 1) < 4 * MIN_MOVE * seen.side:
+        return 0.0
+    steps, slack = np.diff(track.area), 0.2 * track.full_area
+    if (steps[:before] > slack).any() or (steps[after:] < -slack).any():
+        return 0.0  # ever less of it is seen on the way in, ever more on the way out
+    times, shapes = np.arange(seen.num_frames), set()
+    for side in (times <= before, times >= after):
+        part = replace(track, area=track.area * side, blobs=track.blobs * side)
+        if part.area.max() > WHOLE * track.full_area:
+            shapes |= seen.shapes_of(part)
+    if len(shapes) > 1:
         return 0.0
     expected = way[first[0]] + speed * (clear - first[0])
     slack = 0.12 * seen.side + 0.75 * speed  # most of a frame's way
@@ -180,7 +197,9 @@ def _form(bar: str, zh_bar: str, directions: tuple[str, str]) -> Form:
         asks=(
             Ask("colour", {"colours": ["{colour}"]}, 1 / 6),
             Ask("direction", {"word": "{direction}"}, 1 / 4),
+            Ask("shape", {"shape": "{shape}"}, alike(1, shapes=SHAPES, colours=False)),
             Ask("permanence", {"word": "{direction}"}, 1 / 4),
+            STATIC,
         ),
         flips=("colour", "direction"),
         choices={"shape": SHAPES, "direction": directions},
@@ -203,7 +222,11 @@ register(
         faults={
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),
+            "shape": (reshaped,),
+            "static_camera": (cut_midway, panned),
             "permanence": (
+                flickering,
+                reshaped_midway,
                 mirrored,
                 vanished_behind,
                 changed_behind,

@@ -9,17 +9,33 @@ import numpy as np
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
     draw_look,
+    look,
+    looks,
     margins,
     pick,
     register,
     still,
 )
-from longtake.data.world.faults import coloured_back, mirrored, redrawn, with_changes, with_motion
+from longtake.data.world.faults import (
+    coloured_back,
+    cut_midway,
+    flickering,
+    mirrored,
+    panned,
+    redrawn,
+    reshaped,
+    reshaped_midway,
+    resized,
+    with_changes,
+    with_motion,
+)
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import (
     COLOURS,
@@ -39,6 +55,11 @@ if TYPE_CHECKING:
 ORDER = {"before": ("before", "之前"), "after": ("after", "之后")}
 TRAVEL = (0.25, 0.4)  # of the shorter side; farther in the same time out of distribution
 OOD_TRAVEL = (0.45, 0.55)
+
+
+def _looks_chance(canvas: Canvas) -> float:
+    """That the mover's colour is there, and one of the turning thing's, with their shapes."""
+    return 0.1 / len(canvas.shapes) ** 2
 
 
 def _form(slot: str, places: tuple[str, str], directions: tuple[str, str]) -> Form:
@@ -63,6 +84,14 @@ def _form(slot: str, places: tuple[str, str], directions: tuple[str, str]) -> Fo
                 chance=0.0,
                 blind=1 / 2,
             ),
+            looks(look(turned="colour2"), chance=_looks_chance),
+            looks(
+                look(turned="colour2", sized=True),
+                {**look("2"), "colours": ["{colour3}"]},
+                chance=_looks_chance,
+            ),
+            CONSTANT,
+            STATIC,
         ),
         flips=("order", "colour2", "direction"),
         words={"order": ORDER},
@@ -244,7 +273,18 @@ register(
         draw=draw,
         build=build,
         faults={
-            "order": (in_other_order, at_once, unturned, unmoved, turned_back, moved_back, mirrored)
+            "looks": (reshaped, resized),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
+            "order": (
+                in_other_order,
+                at_once,
+                unturned,
+                unmoved,
+                turned_back,
+                moved_back,
+                mirrored,
+            ),
         },
     )
 )

@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from longtake.data.world.detect import MIN_COVERAGE, Detection
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -27,8 +28,10 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     blinking,
+    cut_midway,
     half_gone,
     missing,
+    panned,
     recoloured,
     recoloured_midway,
     redrawn,
@@ -75,6 +78,7 @@ def _form(dense: str, short: str, zh: str, action: str, flip: str) -> Form:
         asks=(
             Ask("figure", {"colour": "{colour}"}, lambda c: 1 / 4 if c.split == "combo" else 1 / 6),
             Ask("pose", {"action": action}, 1 / len(VERBS)),
+            STATIC,
         ),
         flips=("colour", flip),
         words={"action": ACTIONS},
@@ -375,6 +379,7 @@ register(
         faults={
             "figure": (recoloured, recoloured_midway, half_gone, blinking)
             + (arm_missing, leg_missing, arm_lost, missing),
+            "static_camera": (cut_midway, panned),
             "pose": (frozen, other_action, other_side, stiff),
         },
     )

@@ -5,6 +5,7 @@ clip and what they ask for (`Form`), which words a clip gets (`draw`), the scene
 and chance determine (`build`), scorers of its own, and the faults that must score nothing.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -88,6 +89,11 @@ class Ask:
         return chance, chance if blind is None else blind
 
 
+CONSTANT = Ask("consistency", {}, 1.0)
+STATIC = Ask("static_camera", {"stance": "{stance}"}, 1.0)
+"""Asks of most families: captions of others ask the same, so they stand beside the mean."""
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """One way in which a clip of the family can be described: a template of every caption kind.
@@ -105,6 +111,13 @@ class Form:
     flips: tuple[str, ...]
     words: Mapping[str, Vocabulary] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(init=False)
+    """Slots whose vocabulary is one word: they are there to be asked about, not to be drawn."""
+
+    def __post_init__(self) -> None:
+        known = {slot: tuple(vocabulary_of(slot, self.words)) for slot in slots_of(self.dense)}
+        fixed = {slot: values[0] for slot, values in known.items() if len(values) == 1}
+        object.__setattr__(self, "fixed", fixed)
 
     def captions(self, words: Words) -> dict[str, str]:
         """The clip's captions by kind."""
@@ -237,6 +250,58 @@ def _looks(
     return [look for look in every if is_free or is_held_out(*look, verb) == is_combo]
 
 
+def look(end: str = "", *, sized: bool = False, turned: str | None = None) -> dict[str, Any]:
+    """A thing for the score `looks`: the slots of its colour and shape, and of its size, end in
+    `end`; a thing that turns has the colour of slot `turned` afterwards."""
+    colours = [f"{{colour{end}}}", *([f"{{{turned}}}"] if turned else [])]
+    size = {"size": f"{{size{end}}}"} if sized else {}
+    return {"shape": f"{{shape{end}}}", "colours": colours, **size}
+
+
+def looks(*things: Mapping[str, Any], chance: float | Callable[[Canvas], float]) -> Ask:
+    """The ask that all these things look as they are named."""
+    number = len(things)
+    return Ask("looks", {"looks": list(things)}, chance, lambda c: 1 / len(c.shapes) ** number)
+
+
+def alike(
+    number: int,
+    verbs: Sequence[int] = range(4),
+    shapes: Sequence[str] | None = None,
+    *,
+    colours: bool = True,
+) -> Callable[[Canvas], float]:
+    """Chance that two clips show `number` things of the same looks, or only of the same shapes.
+
+    The things are drawn one after the other by `draw_look`, with colours that differ, for any of
+    the verbs as likely.
+    """
+    return lambda canvas: _alike(
+        number, tuple(verbs), tuple(shapes or canvas.shapes), canvas.split == "combo", colours
+    )
+
+
+@cache
+def _alike(
+    number: int, verbs: tuple[int, ...], shapes: tuple[str, ...], is_combo: bool, colours: bool
+) -> float:
+    odds: defaultdict[frozenset, float] = defaultdict(float)  # of every set of looks
+
+    def draw(verb: int, drawn: tuple[tuple[str, str], ...], odd: float) -> None:
+        if len(drawn) == number:
+            odds[frozenset(drawn if colours else (shape for _, shape in drawn))] += odd
+            return
+        taken = {colour for colour, _ in drawn}
+        free = _looks(verb, is_combo, shapes, is_combo and bool(taken))
+        free = [one for one in free if one[0] not in taken]
+        for one in free:
+            draw(verb, (*drawn, one), odd / len(free))
+
+    for verb in verbs:
+        draw(verb, (), 1 / len(verbs))
+    return sum(odd * odd for odd in odds.values())
+
+
 def pick(rng: np.random.Generator, values: Sequence[str]) -> str:
     """One of some words."""
     return values[int(rng.integers(len(values)))]
@@ -246,6 +311,14 @@ def margins(entity_shape: str, radius: float, gap: float = 0.5) -> tuple[float, 
     """Least distances (side, top, bottom) of a centre from the frame so that nothing is cut off."""
     side, up, down = EXTENTS[entity_shape]
     return side * radius + gap, up * radius + gap, down * radius + gap
+
+
+def roomiest(shapes: Sequence[str], radius: float, gap: float = 0.5) -> tuple[float, float, float]:
+    """Margins that do for any of these shapes, so that a thing's place does not tell its shape."""
+    side, top, bottom = (
+        max(ways) for ways in zip(*(margins(s, radius, gap) for s in shapes), strict=True)
+    )
+    return side, top, bottom
 
 
 def still(x: float, y: float) -> tuple[Segment, ...]:

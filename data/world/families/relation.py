@@ -9,22 +9,33 @@ import numpy as np
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
     Fault,
     Form,
+    alike,
     draw_look,
+    look,
+    looks,
     margins,
     pick,
     register,
 )
 from longtake.data.world.faults import (
+    cut_midway,
+    flickering,
     flipped,
     half_gone,
     missing,
+    panned,
     recoloured,
     recoloured_midway,
+    reshaped,
+    reshaped_midway,
+    resized,
     with_motion,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
@@ -50,9 +61,18 @@ MOTIONS = {
     "down": ("move down", "一起向下移动"),
 }
 DRIFT = 0.55  # way of a moving pair, as a share of the room there is
+OOD_DRIFT = 0.14  # of the shorter side: shorter than ever
 LEAN = 0.4  # how far they are out of line at most, as a share of their distance
 
+
+def _looks_chance(canvas: Canvas) -> float:
+    """That colours, shapes and sizes are those of another pair; few are large in a small frame."""
+    return alike(2, range(2))(canvas) / 2
+
+
 PAIR = (
+    looks(look(), look("2"), chance=alike(2, range(2))),
+    looks(look(sized=True), look("2", sized=True), chance=_looks_chance),
     Ask("colour", {"colours": ["{colour}", "{colour2}"]}, 1 / 15),
     Ask(
         "relation",
@@ -147,7 +167,8 @@ def build(axis: int, rng: np.random.Generator, canvas: Canvas, form: str, words:
     aside = [_edges(1 - axis, *look) for look in looks]
     low, high = max(a[0] for a in aside), size[1 - axis] - max(a[1] for a in aside)
     motion = words.get("motion", "still")
-    drift = 0.0 if motion == "still" else sum(DIRECTIONS[motion]) * DRIFT * (high - low)
+    way = OOD_DRIFT * canvas.short_side if canvas.split == "ood" else DRIFT * (high - low)
+    drift = 0.0 if motion == "still" else sum(DIRECTIONS[motion]) * way
     room = high - low - abs(drift)
     lean = rng.uniform(-LEAN, LEAN) * min(far - near, room)
     base = low + rng.random() * (room - abs(lean)) + max(-drift, 0.0)
@@ -190,6 +211,8 @@ def _forms(relations: tuple[str, str], motions: tuple[str, str]) -> dict[str, Fo
                 *PAIR,
                 Ask("together", {"motion": "{motion}"}, 3 / 8),
                 Ask("count_constancy", {}, 1.0),
+                CONSTANT,
+                STATIC,
             ),
             flips=("colour", "colour2", "relation", "motion"),
             words={"relation": RELATIONS, "motion": MOTIONS},
@@ -211,8 +234,11 @@ def _register(axis: int, name: str, exchanged: Fault, motions: tuple[str, str]) 
             faults={
                 "colour": (recoloured, missing),
                 "relation": (exchanged, turned, missing),
+                "looks": (reshaped, resized, missing),
                 "together": (parted, missing),
                 "count_constancy": (half_gone, recoloured_midway),
+                "consistency": (flickering, reshaped_midway),
+                "static_camera": (cut_midway, panned),
             },
         )
     )

@@ -15,12 +15,19 @@ from longtake.data.world.families.registry import (
     Family,
     Form,
     draw_look,
-    margins,
     pick,
     register,
+    roomiest,
     still,
 )
-from longtake.data.world.faults import NEXT_SHAPE, missing, redrawn, with_changes
+from longtake.data.world.faults import (
+    NEXT_SHAPE,
+    flickering,
+    missing,
+    redrawn,
+    reshaped_midway,
+    with_changes,
+)
 from longtake.data.world.language import NUMBERS, STATIC_CAMERA, STATIC_CAMERA_ZH, ZH_NUMBERS, Words
 from longtake.data.world.scene import (
     COLOURS,
@@ -29,9 +36,8 @@ from longtake.data.world.scene import (
     Event,
     Scene,
     Shot,
-    shapes_at,
 )
-from longtake.data.world.scorers import scorer
+from longtake.data.world.scorers import keeps_size, scorer
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -126,7 +132,7 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     x, y = canvas.centre
     shots = []
     for k, (start, zoom) in enumerate(zip(starts, np.exp(zooms).tolist(), strict=True)):
-        side, top, bottom = margins(words["shape"], radius * zoom)
+        side, top, bottom = roomiest(canvas.shapes, radius * zoom)
         at_x = side + places[k, 0] * (canvas.width - 2 * side)
         at_y = top + places[k, 1] * (canvas.height - top - bottom)
         centre = (x - (at_x - x) / zoom, y - (at_y - y) / zoom)
@@ -136,30 +142,9 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     return canvas.scene(rng, entity, shots=tuple(shots), events=events, texture=TEXTURE)
 
 
-def _cut_frames(seen: Detection) -> list[int]:
-    """First frames of new shots: there the ground differs by a good part of its texture."""
-    block = max(2, seen.side // 8)
-    rows, cols = seen.height // block, seen.width // block
-
-    def pooled(values: np.ndarray) -> np.ndarray:
-        cut = values[:, : rows * block, : cols * block]
-        return cut.reshape(-1, rows, block, cols, block).mean((2, 4), dtype=np.float32)
-
-    grey = pooled(seen.frames.mean(-1, dtype=np.float32))
-    clean = pooled(seen.cover > 0.2) == 0
-    both = clean[1:] & clean[:-1]
-    number = np.maximum(both.sum((1, 2)), 1)
-    change = (both * np.diff(grey, axis=0) ** 2).sum((1, 2)) / number
-    texture = np.array(
-        [grey[t][clean[t]].var() if clean[t].any() else 0.0 for t in range(len(grey))]
-    )
-    is_cut = change > 0.2 * np.minimum(texture[1:], texture[:-1]) + 40.0
-    return (np.nonzero(is_cut)[0] + 1).tolist()
-
-
 def _by_shot(seen: Detection) -> list[Track]:
     """The largest track cut into shots; empty unless there are at least two."""
-    cuts = _cut_frames(seen)
+    cuts = seen.ground.cuts
     if seen.main is None or not cuts:
         return []
     frames = np.arange(seen.num_frames)
@@ -173,17 +158,20 @@ def _by_shot(seen: Detection) -> list[Track]:
 
 @scorer
 def identity(seen: Detection, colour: str, shape: str) -> float:
-    """There are several shots, and the same one thing, of the asked look, is in all of them."""
+    """There are several shots, and the same one thing, of the asked look, is in all of them.
+
+    Within a shot it keeps its size.
+    """
     shots = _by_shot(seen)
     if not shots or set(seen.tracks) != {colour} or (seen.tracks[colour].blobs != 1).any():
         return 0.0
-    return all(seen.shape_of(track, shapes_at(seen.side)) == shape for track in shots)
+    return all(seen.shapes_of(track) == {shape} and keeps_size(track) for track in shots)
 
 
 @scorer
 def cuts(seen: Detection, cuts: str, moment: str) -> float:
     """As many cuts as asked, at equal times or in the asked half of the clip."""
-    found = np.array(_cut_frames(seen))
+    found = np.array(seen.ground.cuts)
     if len(found) != NUMBERS.index(cuts):
         return 0.0
     if moment != "even":
@@ -272,7 +260,7 @@ register(
         draw=draw,
         build=build,
         faults={
-            "identity": (other_colour, other_shape, missing),
+            "identity": (other_colour, other_shape, missing, flickering, reshaped_midway),
             "cuts": (uncut, cut_too_often, cut_at_other_times),
             "close_up": (never_closer, wider, uncut),
         },

@@ -14,10 +14,12 @@ import numpy as np
 from longtake.data.world.contact import delayed
 from longtake.data.world.detect import Detection, Track
 from longtake.data.world.families.registry import (
+    STATIC,
     Ask,
     Canvas,
     Family,
     Form,
+    alike,
     draw_look,
     margins,
     pick,
@@ -26,9 +28,12 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     at_rest,
+    cut_midway,
     half_gone,
+    panned,
     recoloured,
     redrawn,
+    reshaped,
     reversed_in_time,
     split_in_two,
     with_entity,
@@ -60,6 +65,13 @@ LEVEL = 0.3  # of the shorter side, between the centres of what lies on the grou
 STRAIGHT = 0.1  # of the shorter side
 SPREAD = 1.15  # by which a puddle's area grows at least
 VESSELS = {"circle": ("bowl", "碗"), "square": ("cup", "杯子"), "triangle": ("vase", "花瓶")}
+VESSEL = {"looks": [{"shape": "{vessel}", "colours": ["{colour}"]}]}
+
+
+def _looks_chance(canvas: Canvas) -> float:
+    """Of another vessel to be alike, or another liquid to have its colour and about its shape."""
+    return alike(1, (0, 2))(canvas) + 1 / 18
+
 
 FORMS = {
     "breaks": Form(
@@ -72,6 +84,8 @@ FORMS = {
         asks=(
             Ask("colour", {"colours": ["{colour}", "{colour2}"]}, 1 / 15),
             Ask("spill", {"cup": "{colour}", "liquid": "{colour2}"}, 1 / 60),
+            Ask("looks", VESSEL, _looks_chance),
+            STATIC,
         ),
         flips=("colour", "colour2"),
         words={"vessel": VESSELS},
@@ -86,6 +100,8 @@ FORMS = {
         asks=(
             Ask("colour", {"colours": ["{colour}", "{colour2}"]}, 1 / 15),
             Ask("spill", {"cup": "{colour}", "cushion": "{colour2}"}, 1 / 60),
+            Ask("looks", VESSEL, _looks_chance),
+            STATIC,
         ),
         flips=("colour", "colour2"),
         words={"vessel": VESSELS},
@@ -314,6 +330,8 @@ register(
         nudge=delayed,
         faults={
             "colour": (recoloured,),
+            "looks": (reshaped,),
+            "static_camera": (cut_midway, panned),
             "spill": (
                 _unbroken,
                 _dry,

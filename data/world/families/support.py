@@ -7,6 +7,8 @@ import numpy as np
 
 from longtake.data.world.detect import Detection
 from longtake.data.world.families.registry import (
+    CONSTANT,
+    STATIC,
     Ask,
     Canvas,
     Family,
@@ -17,11 +19,15 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    cut_midway,
+    flickering,
     flipped,
     half_gone,
     missing,
+    panned,
     recoloured,
     reshaped,
+    reshaped_midway,
     with_motion,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Vocabulary, Words
@@ -129,6 +135,8 @@ def _form(dense: str, short: str, vague: str, zh: str, falls: bool, targets: Voc
             Ask("colour", {"colours": ["{colour}"]}, 1 / 6),
             Ask("shape", {"shape": "{shape}"}, 1 / 2),
             Ask("gravity", values, CHANCE),
+            CONSTANT,
+            STATIC,
         ),
         flips=("colour", "shape", "target", "side"),
         words={"target": targets, "side": SIDES},
@@ -253,6 +261,8 @@ register(
         faults={
             "colour": (recoloured, missing),
             "shape": (reshaped,),
+            "consistency": (flickering, reshaped_midway),
+            "static_camera": (cut_midway, panned),
             "gravity": (
                 floating,
                 hovering,
