@@ -51,6 +51,11 @@ class Batch:
     counted: bool = True
     digest: str = ""
 
+    @property
+    def samples(self) -> list[PlannedSample]:
+        """What the plan says of each clip."""
+        return [clip.sample for clip in self.clips]
+
     def stack_video(self) -> Tensor:
         """Pixels float32 (B, 3, T, H, W) in [-1, 1].
 

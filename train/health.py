@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +18,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_SECONDS = 5.0
 # Below this many samples a fraction says little: a few bad clips at the start must not stop a run.
 MIN_SEEN = 200
+NUM_WATCHED, MIN_WATCHED = 100, 10  # losses of which a jump is judged
 
 
 class StopSignal:
@@ -41,6 +43,25 @@ class StopSignal:
         """Give the signals back to whoever had them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+class LossWatch:
+    """Knows a jump: a step's loss above `factor` times the median of the last steps' (0: never)."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self.recent: list[float] = []
+
+    def jumped(self, loss: float) -> bool:
+        """Whether this step's loss is a jump; one that is not joins the recent ones."""
+        if len(self.recent) >= MIN_WATCHED and loss > self.factor * statistics.median(self.recent):
+            return True
+        self.recent = [*self.recent, loss][-NUM_WATCHED:]
+        return False
+
+    def is_high(self, loss: float) -> bool:
+        """The same of a part of a step."""
+        return loss > self.factor * statistics.median(self.recent)
 
 
 class Quarantine:

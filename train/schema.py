@@ -38,6 +38,8 @@ class TrainConfig:
     num_threads: int  # torch threads per rank; 0 leaves torch's choice
     device: str  # auto | cpu | cuda
     timeout: float  # seconds a collective may take before the run fails
+    loss_jump: float  # a loss so many times the recent median rewinds the run; 0: never
+    max_rewinds: int  # in one start of the run; then it fails
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"train.steps={self.steps} must be > 0")
@@ -48,6 +50,9 @@ class TrainConfig:
         )
         require(self.num_threads >= 0, f"train.num_threads={self.num_threads} must be >= 0")
         require(self.timeout > 0, f"train.timeout={self.timeout} must be > 0 seconds")
+        jump = self.loss_jump
+        require(jump == 0 or jump > 1, f"train.loss_jump={jump} must be > 1, or 0 for never")
+        require(self.max_rewinds >= 0, f"train.max_rewinds={self.max_rewinds} must be >= 0")
         choice("train.device", self.device, ("auto", "cpu", "cuda"))
 
 

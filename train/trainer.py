@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,13 +17,13 @@ from longtake.train.config import to_tree
 from longtake.train.console import RunConsole
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks
-from longtake.train.health import Quarantine, StopSignal
+from longtake.train.health import LossWatch, Quarantine, StopSignal
 from longtake.train.metrics import Throughput, WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import IMAGE_FPS, viewing_mp4
 from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
 from longtake.train.schema import DiTRun, VAERun
-from longtake.train.tasks import Drawing, Means, Task
+from longtake.train.tasks import Drawing, LossSum, Means, Task
 from longtake.train.tracking import Tracker
 from longtake.train.world_evaluation import WorldEvaluation
 
@@ -98,6 +99,9 @@ class Training:
     def __post_init__(self) -> None:
         self._loader = self._load_from(self.step)
         self._told: set[int] = set()  # validation samples that are known to be left out
+        self.resumed_at = self.step if self.step > 0 else -1
+        self._watch = LossWatch(self.config.train.loss_jump)
+        self._rewinds = 0
 
     def _load_from(self, step: int) -> Iterator[list[Batch]]:
         bad = self.quarantine.exclusions
@@ -117,7 +121,7 @@ class Training:
 
         Exclusions are durable in quarantine.jsonl when it returns, before the optimizer steps.
         """
-        samples = [clip.sample for batch in batches for clip in batch.clips]
+        samples = [sample for batch in batches for sample in batch.samples]
         report = {
             "weight": sum(self.task.weight(sample) for sample in samples),
             "tokens": sum(self.task.tokens(sample) for sample in samples),
@@ -142,6 +146,72 @@ class Training:
         if stops:
             self.console.say(f"{stops[0]}: saving after this step")
         return Agreed(weight, count, tokens, bool(stops))
+
+    def examine(
+        self, batches: list[Batch], losses: list[LossSum], weight: float, skipped: bool
+    ) -> None:
+        """Look at the step just taken, of which `weight` is the denominator.
+
+        Where it was skipped (something was not finite) its micro-batches of such a loss are left
+        out from here on, or all of them where none has. Where the loss jumped, the run goes back to
+        the last good checkpoint as well. RuntimeError after train.max_rewinds such returns.
+        """
+        if skipped:
+            bad = [not math.isfinite(loss.total.item()) for loss in losses]
+            reason = f"loss or gradient not finite at step {self.step}"
+            self._leave_out(batches, bad, self.step, reason)  # done again, it is skipped again
+        elif self._watch.factor:
+            shares = [loss.total.item() for loss in losses]
+            total = sum(self.ranks.gather(sum(shares))) / weight
+            if self._watch.jumped(total):
+                counts = [sum(map(self.task.weight, batch.samples)) for batch in batches]
+                high = zip(shares, counts, strict=True)
+                bad = [self._watch.is_high(share / count) for share, count in high if count]
+                reason = f"loss jumped to {total:.4g} at step {self.step}"
+                self._leave_out(batches, bad, self.step - 1, reason)  # done again, without them
+                self._rewind()
+
+    def _leave_out(
+        self, batches: list[Batch], bad: list[bool], from_step: int, reason: str
+    ) -> None:
+        """Exclude the samples of the bad micro-batches of all ranks; of all where none is bad."""
+        everything = not any(self.ranks.gather(any(bad)))
+        samples = [
+            sample
+            for batch, is_bad in zip(batches, bad, strict=True)
+            if is_bad or everything
+            for sample in batch.samples
+        ]
+        mine = [[sample.sample_id, f"{sample.key}: {reason}"] for sample in samples]
+        found = [
+            [Exclusion(number, from_step, why) for number, why in rows]
+            for rows in self.ranks.gather(mine)
+        ]
+        new = self.quarantine.agree(found)
+        self.ranks.barrier()  # rank 0 has written them down
+        self.console.say(f"{reason}: {len(new)} samples are left out from here on")
+        self.quarantine.check(self.samples_seen)
+        self._loader = self._load_from(self.step)
+
+    def _rewind(self) -> None:
+        """Back to the last good checkpoint, if there is one."""
+        self._rewinds += 1
+        if self._rewinds > self.config.train.max_rewinds:
+            raise RuntimeError(
+                f"the loss jumped {self._rewinds} times: train.max_rewinds="
+                f"{self.config.train.max_rewinds}. Lower optim.lr, or look at quarantine.jsonl"
+            )
+        path = checkpoint.find_last_good(self.folder / CHECKPOINTS, self.ranks)
+        if path is None:
+            self.console.say("there is no checkpoint to go back to: the run goes on as it is")
+            return
+        state = checkpoint.load_into(path, self.engine, self.ema, self.task.adversary)
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.data_hash = state["data_hash"]
+        self.losses.load(state["losses"], self.ranks)
+        self.resumed_at = self.step
+        self._loader = self._load_from(self.step)
+        self.console.say(f"back at step {self.step}")
 
     def validate(self) -> None:
         """Validation of the raw and of the EMA weights; a row of `val/…` and `val/…_ema`."""
@@ -232,14 +302,13 @@ def train(run: Training) -> bool:
     """
     config, engine, task = run.config.train, run.engine, run.task
     speed, losses = Throughput(), run.losses
-    resumed_at = run.step if run.step > 0 else -1
     stop = False
     while True:
         step = run.step
         is_last = step == config.steps
         with speed.pausing():
             # What a resumed run did at this step before it was saved is not done twice.
-            if step != resumed_at:
+            if step != run.resumed_at:
                 if is_due(step, config.val_every, is_last):
                     run.validate()
                 if is_due(step, config.sample_every, is_last):
@@ -256,8 +325,10 @@ def train(run: Training) -> bool:
             batches = run.load()
         agreed = run.agree(batches)
         stop = agreed.stop
+        taken = []
         for index, batch in enumerate(batches):
             loss = task.loss(engine, batch)
+            taken.append(loss)
             is_end = index == len(batches) - 1
             engine.backward(loss.total / agreed.weight, last=is_end)
             if task.adversary and loss.critic is not None:
@@ -277,6 +348,7 @@ def train(run: Training) -> bool:
             row |= {**played, **losses.read(run.ranks), **speed.read()}  # a host sync
             run.log({**row, "data_hash": run.data_hash})
         run.console.advance(run.step)
+        run.examine(batches, taken, agreed.weight, result.skipped)
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
