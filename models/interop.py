@@ -6,6 +6,7 @@ are one matrix, 1×1 kernels and patch convolutions are matrices.
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,6 +94,13 @@ def vae_from_diffusers(module: "AutoencoderKLWan") -> VAE:
     _check_names(set(names.values()), set(theirs), "AutoencoderKLWan")
     vae.load_state_dict({name: theirs[names[name]].reshape(ours[name].shape) for name in ours})
     return vae
+
+
+def vae_from_folder(folder: str | Path) -> VAE:
+    """The VAE of a folder that `AutoencoderKLWan.save_pretrained` wrote, on the CPU in fp32."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    return vae_from_diffusers(AutoencoderKLWan.from_pretrained(str(folder)))
 
 
 def vae_to_diffusers(

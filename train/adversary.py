@@ -52,7 +52,9 @@ class Adversary:
                 f"{config.engine.strategy} has no path for: use finite_difference, or ddp"
             )
         self.settings, self.term = settings, config.loss.adversarial
-        self.optim = replace(config.optim, lr=settings.lr, betas=settings.betas, weight_decay=0.0)
+        self.optim = replace(
+            config.optim, lr=settings.lr, betas=settings.betas, weight_decay=0.0, muon=[]
+        )
         self.engine = Engine(Discriminator(settings.network), self.optim, config.engine, ranks)
         with torch.device("meta"):  # lends its forward to weights that the engine holds
             self._listener = Discriminator(settings.network)

@@ -156,6 +156,11 @@ def _check_run(config: VAERun | DiTRun) -> None:
     check_data_config(config.data)
     require(len(config.data.train) > 0, "data.train is empty: name at least one dataset")
     require(not config.data.pack, "data.pack=true: the stages take one bucket per micro-batch")
+    require(
+        not config.optim.muon or config.engine.strategy == "ddp",
+        f"optim.muon={config.optim.muon} needs whole matrices on every rank: engine.strategy=ddp, "
+        f"not {config.engine.strategy}",
+    )
     if isinstance(config, VAERun):
         require(not config.export.required, "export.required=true holds for stage=dit only")
         return

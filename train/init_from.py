@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from torch import Tensor
-
+from longtake.models.interop import vae_from_folder
 from longtake.models.vae import VAE
 from longtake.train.runs import load_vae
 
@@ -18,7 +17,7 @@ def start_from(vae: VAE, place: str) -> None:
     none.
     """
     path = Path(place)
-    given = _of_diffusers(path) if is_diffusers(path) else load_vae(path).vae.state_dict()
+    given = (vae_from_folder(path) if is_diffusers(path) else load_vae(path).vae).state_dict()
     mine = vae.state_dict()
     problems = [f"{name} is missing" for name in mine if name not in given]
     problems += [f"{name} is unexpected" for name in given if name not in mine]
@@ -39,11 +38,3 @@ def is_diffusers(path: Path) -> bool:
     if not config.is_file() or (path / "manifest.json").is_file():
         return False
     return json.loads(config.read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKLWan"
-
-
-def _of_diffusers(path: Path) -> dict[str, Tensor]:
-    from diffusers import AutoencoderKLWan  # slow to import
-
-    from longtake.models.interop import vae_from_diffusers
-
-    return vae_from_diffusers(AutoencoderKLWan.from_pretrained(path)).state_dict()

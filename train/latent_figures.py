@@ -20,7 +20,7 @@ class LatentFigures:
     (`latent_std`, `latent_std_min`, `latent_std_max`, `latent_mean_max`: largest |mean|),
     `latent_kurtosis_max` (3 for a normal one), `latent_dead`: share of channels that carry nothing,
     `latent_fine`: share of power above half of the highest spatial frequency (white noise has about
-    0.75; what a diffusion model cannot predict hides there, arXiv 2502.14831), and per channel
+    3/4; what a diffusion model cannot predict hides there, arXiv 2502.14831), and per channel
     `latent_channel/03/std`.
     """
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from longtake.train.muon import MuonAdamW
+
 SCHEDULES = ("constant", "cosine")
+SIDE_BY_SIDE = {"qkv": 3, "kv": 2}  # matrices that lie in one, row after row
 NEVER_DECAYED = ("bias", "gamma", "scale_shift_table")
 
 
@@ -24,6 +28,8 @@ class OptimConfig:
     schedule: str  # constant | cosine
     min_lr_ratio: float  # the cosine ends at lr * min_lr_ratio
     max_grad_norm: float  # clip by global norm; 0 never clips
+    muon: list[str]  # patterns of names whose matrices are moved by Muon, such as "dit.blocks.*"
+    muon_lr_scale: float  # their learning rate, in those of AdamW
 
     def __post_init__(self) -> None:
         checks = (
@@ -39,6 +45,7 @@ class OptimConfig:
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
             ("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 never clips)"),
+            ("muon_lr_scale", self.muon_lr_scale > 0, "> 0"),
         )
         for key, holds, rule in checks:
             if not holds:
@@ -83,10 +90,42 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def muon_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
+    """Groups of the matrices that Muon moves: those of two dimensions under a pattern.
+
+    Queries, keys and values that lie in one matrix are turned each for itself. ValueError for a
+    pattern that no matrix fits.
+    """
+    groups: dict[int, list[nn.Parameter]] = {}
+    fitting: set[str] = set()
+    for name, parameter in module.named_parameters():
+        fits = [pattern for pattern in config.muon if fnmatchcase(name, pattern)]
+        if not fits or not is_matrix(name, parameter):
+            continue
+        fitting.update(fits)
+        parts = SIDE_BY_SIDE.get(name.split(".")[-2], 1)
+        groups.setdefault(parts, []).append(parameter)
+    for pattern in config.muon:
+        if pattern not in fitting:
+            raise ValueError(f"optim.muon has {pattern}: no trainable matrix is called so")
+    common = {"weight_decay": config.weight_decay, "lr_scale": config.muon_lr_scale}
+    return [{"params": listed, "parts": parts, **common} for parts, listed in groups.items()]
+
+
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a trainable parameter is a linear layer's: two dimensions, called a weight."""
+    return parameter.requires_grad and parameter.ndim == 2 and name.endswith(".weight")
+
+
 def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Torch's fused AdamW over the groups of `parameter_groups`; fp32 parameters only."""
-    return torch.optim.AdamW(
-        parameter_groups(module, config.weight_decay),
+    """Torch's fused AdamW, with Muon for the matrices that `muon` names; fp32 parameters only."""
+    turned = muon_groups(module, config)
+    theirs = {id(parameter) for group in turned for parameter in group["params"]}
+    groups = parameter_groups(module, config.weight_decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in theirs]
+    return (MuonAdamW if turned else torch.optim.AdamW)(
+        [*(group for group in groups if group["params"]), *turned],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         eps=config.eps,

@@ -12,6 +12,8 @@ R1_KINDS = ("finite_difference", "exact")
 
 @dataclass(frozen=True)
 class LossTerm:
+    """One term of the loss: a mean over a clip's values, weighed."""
+
     weight: float  # 0: not even measured
     start: int  # optimizer step from which it counts; before, it is only measured
 
@@ -26,6 +28,8 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class PerceptualTerm(LossTerm):
+    """LPIPS of some of a clip's frames."""
+
     weights: str | None  # TorchScript file, see `vae_losses.Perceptual`
     frames: int  # of a clip that are compared, evenly spaced
 

@@ -77,8 +77,8 @@ def background(scene: Scene) -> np.ndarray:
 def _texture(scene: Scene, shot: Shot, frames: int) -> np.ndarray:
     """Cubic B-spline noise before one camera; period 64 lattice cells, (T, H, W), T = 1 at rest."""
     rng = np.random.Generator(np.random.SFC64(shot.background))
+    level = _level(rng)
     lattice = rng.random((64, 64), dtype=np.float32) * 2 - 1
-    level = 0.55 + 0.2 * rng.random()
     cell = max(3.0, min(scene.height, scene.width) / 8)
     if shot.vx or shot.vy or shot.zoom_rate:
         since = np.arange(frames)
@@ -90,6 +90,15 @@ def _texture(scene: Scene, shot: Shot, frames: int) -> np.ndarray:
         weights_x = _weights_at_rest(shot.x, shot.zoom, scene.width, cell)  # (1, W, 64)
     noise = weights_y @ lattice @ weights_x.transpose(0, 2, 1)  # (T, H, W)
     return (level + noise * (1.6 * scene.texture)).clip(0.0, 1.0)  # 1.6: smoothing halves it
+
+
+def mean_grey(background: int) -> float:
+    """Grey level in [0, 1] around which the texture of a background lies."""
+    return _level(np.random.Generator(np.random.SFC64(background)))
+
+
+def _level(rng: np.random.Generator) -> float:
+    return 0.55 + 0.2 * rng.random()
 
 
 @lru_cache(maxsize=64)  # most cameras rest at the centre of one of few sizes

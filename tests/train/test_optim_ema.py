@@ -19,6 +19,8 @@ CONFIG = OptimConfig(
     schedule="cosine",
     min_lr_ratio=0.1,
     max_grad_norm=1.0,
+    muon=[],
+    muon_lr_scale=2.5,
 )
 
 

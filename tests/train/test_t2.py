@@ -18,7 +18,7 @@ from tests.train.learning import (
 )
 
 FAMILIES = "move", "count", "leftright", "collide"
-STEPS, CLIPS, PROMPTS = 4000, 12_000, 256
+STEPS, CLIPS, PROMPTS = 8000, 12_000, 256  # of 16 clips
 BARS = {
     "causal": 0.8,
     "direction": 0.85,
@@ -36,7 +36,8 @@ def test_nano_learns_four_families(tmp_path: Path) -> None:
     write_shards(shards, FAMILIES, CLIPS, 400)
     command = nano_command(
         *(shards, run, f"train.steps={STEPS}", "train.val_every=1000"),
-        *("train.checkpoint_every=1000", "optim.warmup_steps=100", "ema.decay=0.995"),
+        *("train.checkpoint_every=1000", "optim.warmup_steps=100", "ema.decay=0.998"),
+        "samples.guidance_scale=2.0",
     )
     train_to_the_end(command, run, 7000)
     card = card_of(run, PROMPTS, num_pairs=PROMPTS)

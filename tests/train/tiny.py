@@ -18,6 +18,8 @@ OPTIM = OptimConfig(
     schedule="constant",
     min_lr_ratio=0.1,
     max_grad_norm=0.5,
+    muon=[],
+    muon_lr_scale=2.5,
 )
 NUM_SLOTS = 4
 SLOT_SIZES = (3, 1, 5, 2)  # samples per micro-batch: unequal on purpose

@@ -29,6 +29,7 @@ from longtake.data.world.faults import (
     with_changes,
 )
 from longtake.data.world.language import NUMBERS, STATIC_CAMERA, STATIC_CAMERA_ZH, ZH_NUMBERS, Words
+from longtake.data.world.render import mean_grey
 from longtake.data.world.scene import (
     COLOURS,
     Change,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
 
 TEXTURE = 0.16  # strong enough for two places to differ
+CONTRAST = 0.1  # of their mean grey: more than flicker may be
 ZOOM = {"closer": 1.4, "much closer": 2.0}  # of the last shot, where the first has 1
 MOST_CUTS = 5
 CUTS = {word: (word, zh) for word, zh in zip(NUMBERS[1:6], ZH_NUMBERS[1:6], strict=True)}
@@ -128,7 +130,7 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
     radius = canvas.radius("small")
     zooms = np.linspace(0, np.log(ZOOM[words["zoom"]]), number + 1)
     places = rng.random((MOST_CUTS + 1, 2))
-    grounds = rng.integers(2**31, size=MOST_CUTS + 1)
+    grounds = _grounds(rng, number + 1)
     x, y = canvas.centre
     shots = []
     for k, (start, zoom) in enumerate(zip(starts, np.exp(zooms).tolist(), strict=True)):
@@ -136,10 +138,20 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
         at_x = side + places[k, 0] * (canvas.width - 2 * side)
         at_y = top + places[k, 1] * (canvas.height - top - bottom)
         centre = (x - (at_x - x) / zoom, y - (at_y - y) / zoom)
-        shots.append(Shot(start, *centre, background=int(grounds[k]), zoom=zoom))
+        shots.append(Shot(start, *centre, background=grounds[k], zoom=zoom))
     entity = Entity(0, words["shape"], words["colour"], radius, still(x, y))
     events = tuple(Event(start, "cut", ()) for start in starts[1:])
     return canvas.scene(rng, entity, shots=tuple(shots), events=events, texture=TEXTURE)
+
+
+def _grounds(rng: np.random.Generator, number: int) -> list[int]:
+    """Backgrounds of which no two in a row are equally bright: a cut is always seen as one."""
+    found = [int(rng.integers(2**31))]
+    while len(found) < number:
+        other = int(rng.integers(2**31))
+        if abs(mean_grey(other) - mean_grey(found[-1])) > CONTRAST:
+            found.append(other)
+    return found
 
 
 def _by_shot(seen: Detection) -> list[Track]:

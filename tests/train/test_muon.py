@@ -1,0 +1,96 @@
+"""Orthogonal steps: what they are, which matrices take them, and that runs go on with them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from longtake.train.config import parse_config
+from longtake.train.engine import Engine, EngineConfig, single_process
+from longtake.train.muon import MOMENTUM, RMS, MuonAdamW, orthogonal
+from longtake.train.optim import build_adamw, muon_groups
+from tests.train.forked import run_ranks
+from tests.train.tiny import OPTIM, Tiny
+from tests.train.tiny_runs import losses, options, train_here, train_on_rank, tree, write_clips
+
+MUON = 'optim.muon=["dit.blocks.*"]', "optim.schedule=constant", "engine.precision=fp32"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_clips(folder / "train", 16)
+    write_clips(folder / "val", 4, "val")
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonal(1e3 * matrix)
+    assert torch.allclose(found, orthogonal(matrix), atol=1e-5)
+    spectrum = torch.linalg.svdvals(found)[values > 0.05 * values[0]]
+    assert spectrum.min() > 0.6 and spectrum.max() < 1.3
+    inside = left.T @ found @ right.T  # the same singular vectors
+    assert (inside - inside.diag().diag()).abs().max() < 1e-4
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 4)
+
+
+def test_steps_of_matrices_side_by_side_and_of_the_rest() -> None:
+    torch.manual_seed(0)
+    config = replace(OPTIM, muon=["qkv*"], muon_lr_scale=3.0, weight_decay=0.0)
+    turned, plain = Layers(), Layers()
+    plain.load_state_dict(turned.state_dict())
+    before = turned.qkv.weight.detach().clone()
+    for layers, used in ((turned, config), (plain, replace(config, muon=[]))):
+        engine = Engine(layers, used, EngineConfig("ddp", 0, "fp32", "none"), single_process())
+        generator = torch.Generator().manual_seed(1)
+        for parameter in layers.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        engine.clip_and_step(lr=0.01, max_grad_norm=0.0)
+    gradient = torch.randn(18, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(turned.head.weight, plain.head.weight)
+    assert torch.equal(turned.qkv.bias, plain.qkv.bias)
+    moved = before - turned.qkv.weight
+    for part, source in zip(moved.chunk(3), gradient.chunk(3), strict=True):
+        ahead = (1 - MOMENTUM) * source + MOMENTUM * (1 - MOMENTUM) * source
+        expected = 0.01 * 3.0 * RMS * 6**0.5 * orthogonal(ahead)
+        assert torch.allclose(part, expected, atol=1e-6)
+
+
+def test_without_patterns_it_is_adamw() -> None:
+    assert type(build_adamw(Tiny(), OPTIM)) is torch.optim.AdamW
+    assert type(build_adamw(Tiny(), replace(OPTIM, muon=["first.*"]))) is MuonAdamW
+
+
+def test_patterns_take_matrices_only() -> None:
+    groups = muon_groups(Layers(), replace(OPTIM, muon=["*"]))
+    found = {group["parts"]: [tuple(p.shape) for p in group["params"]] for group in groups}
+    assert found == {3: [(18, 6)], 1: [(4, 6)]}
+    with pytest.raises(ValueError, match=r"optim\.muon has norm\.\*"):
+        muon_groups(Layers(), replace(OPTIM, muon=["norm.*"]))
+
+
+def test_a_run_resumes_exactly_and_ranks_agree(shards: Path) -> None:
+    whole, halves, two = (shards / name for name in ("whole", "halves", "two"))
+    assert train_here(options(shards, whole, *MUON)) == 0
+    assert train_here(options(shards, halves, *MUON, "train.steps=8")) == 0
+    assert train_here(options(shards, halves, *MUON, "resume=force")) == 0
+    assert losses(halves) == losses(whole)
+    run_ranks(2, train_on_rank, options(shards, two, *MUON))
+    assert losses(two) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_sharding_strategies_refuse_it(shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim\.muon=.* needs whole matrices"):
+        parse_config(tree(options(shards, shards / "run", *MUON, "engine=deepspeed_zero2")))

@@ -1,0 +1,131 @@
+"""What a VAE run starts from, what stays frozen, and what its validation says of its latents."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.models.interop import vae_to_diffusers
+from longtake.models.vae import VAE
+from longtake.train import checkpoint
+from longtake.train.config import parse_config
+from longtake.train.init_from import start_from
+from longtake.train.latent_figures import LatentFigures, fine_power
+from longtake.train.ranks import single_process
+from longtake.train.schema import VAERun
+from longtake.train.tasks import Means
+from longtake.train.vae_task import VAETask, freeze
+from tests.train.metric_weights import save_perceptual
+from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, tree, write_clips
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_clips(folder / "train", 16)
+    write_clips(folder / "val", 4, "val")
+    return folder
+
+
+def config_of(shards: Path, *more: str) -> VAERun:
+    config = parse_config(tree(options(shards, shards / "run", *more, task=TINY_VAE)))
+    assert isinstance(config, VAERun)
+    return config
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.find_last_good(folder / "checkpoints")
+    assert path is not None
+    return checkpoint.load_full(path, "param")
+
+
+def test_decoder_only_fine_tuning_of_another_run(shards: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_here(options(shards, first, "train.steps=4", task=TINY_VAE)) == 0
+    started = checkpoint.load_full(first / "checkpoints" / "step-00000004", "ema")
+    more = f"init_from={first}", 'freeze=["encoder.*","quant.*"]', "train.steps=4"
+    assert train_here(options(shards, second, *more, task=TINY_VAE)) == 0
+    found = weights_of(second)
+    for name, tensor in found.items():
+        is_frozen = name.startswith(("encoder.", "quant."))
+        assert torch.equal(tensor, started[name]) == is_frozen, name
+
+
+def test_a_diffusers_folder_is_a_start(shards: Path, tmp_path: Path) -> None:
+    config = config_of(shards)
+    torch.manual_seed(1)
+    theirs, ours = VAE(config.vae), VAE(config.vae)
+    vae_to_diffusers(theirs, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).save_pretrained(
+        tmp_path / "vae"
+    )
+    start_from(ours, str(tmp_path / "vae"))
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_a_start_of_other_sizes_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
+    vae = VAE(config_of(shards).vae)
+    vae_to_diffusers(vae, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).save_pretrained(
+        tmp_path / "vae"
+    )
+    wider = VAE(config_of(shards, "vae.base_dim=16").vae)
+    with pytest.raises(ValueError, match=r"encoder\.conv_in\.weight is \(8, .*makes it \(16, "):
+        start_from(wider, str(tmp_path / "vae"))
+    deeper = VAE(config_of(shards, "vae.num_res_blocks=2").vae)
+    with pytest.raises(ValueError, match=r"blocks\.1\.conv1\.weight is missing"):
+        start_from(deeper, str(tmp_path / "vae"))
+
+
+def test_patterns_that_freeze_nothing_or_everything_are_refused(shards: Path) -> None:
+    vae = VAE(config_of(shards).vae)
+    with pytest.raises(ValueError, match=r"freeze has encodr\.\*"):
+        freeze(vae, ["encodr.*"])
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        freeze(vae, ["*"])
+
+
+def test_validation_says_how_good_and_what_the_latents_are_like(shards: Path) -> None:
+    net = save_perceptual(shards / "net.pt")
+    folder = shards / "run"
+    more = "train.steps=2", "train.val_every=2", f"loss.perceptual.weights={net}"
+    more = *more, "loss.perceptual.weight=0.1", "loss.flicker.weight=0.1"
+    assert train_here(options(shards, folder, *more, task=TINY_VAE)) == 0
+    for name in ("psnr", "ssim", "flicker", "flicker_of_truth", "lpips", "l1"):
+        whole, bucket = (losses(folder, f"val/{key}") for key in (name, f"{name}/5x16x16"))
+        assert whole.keys() == {0, 2} and whole == bucket, name
+    for name in ("std", "std_min", "mean_max", "kurtosis_max", "dead", "fine", "channel/03/std"):
+        assert losses(folder, f"val/latent_{name}").keys() == {0, 2}, name
+    for name in ("detail", "flicker", "perceptual", "kl"):
+        assert losses(folder, name).keys() == {1, 2}, name
+
+
+def test_latent_figures_add_up_over_batches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(8, 3, 2, 32, 32, generator=generator) * torch.tensor(
+        [2.0, 1.0, 0.001]
+    ).view(1, 3, 1, 1, 1)
+    latents[:, 0] += 5
+    figures = LatentFigures(3)
+    halves = [Means(figures.summary), Means(figures.summary)]
+    for means, part in zip(halves, latents.chunk(2), strict=True):
+        figures.add(means, part)
+    row = halves[0].merged([dict(means.sums) for means in halves])
+    assert row["latent_channel/00/mean"] == pytest.approx(5, abs=0.1)
+    assert row["latent_channel/00/std"] == pytest.approx(2, rel=0.05)
+    assert row["latent_channel/01/kurtosis"] == pytest.approx(3, rel=0.1)
+    assert row["latent_dead"] == pytest.approx(1 / 3)
+    assert row["latent_fine"] == pytest.approx(0.72, abs=0.02)  # white noise
+    assert not any(name.startswith("latent.") for name in row)
+
+
+def test_smooth_latents_have_no_fine_detail() -> None:
+    wave = torch.cos(2 * torch.pi * torch.arange(16) / 16).expand(1, 1, 1, 16, 16)
+    fine, whole = fine_power(wave + 3)
+    assert fine / whole < 1e-6
+    assert fine_power(torch.ones(1, 1, 1, 1, 1)) == (0.0, 0.0)
+
+
+def test_a_bucket_the_vae_cannot_take_is_refused(shards: Path) -> None:
+    config = config_of(shards, "data.buckets=[{frames: 5, height: 16, width: 17, batch_size: 2}]")
+    with pytest.raises(ValueError, match="16x17"):
+        VAETask(config, single_process())
