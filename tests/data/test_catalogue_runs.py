@@ -120,7 +120,8 @@ def test_every_damaged_shard_is_named_and_the_others_are_kept(
 
 
 SLOW_INDEX = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands down SIG_IGN
 from longtake.data.catalogue import index_run
 from longtake.data.catalogue import index_shards
 real = index_run.index_shard

@@ -122,7 +122,9 @@ def test_missing_values_are_named() -> None:
         parse_config({"seed": 0})
 
 
-@pytest.mark.parametrize("experiment", ["demo_vae", "demo_dit", "nano_identity"])
+@pytest.mark.parametrize(
+    "experiment", ["demo_vae", "demo_dit", "nano_identity", "vae_wan", "vae_wan_decoder"]
+)
 def test_config_yaml_reads_back_the_same(experiment: str, tmp_path: Path) -> None:
     config = parse_config(tree([f"experiment={experiment}"]))
     write_config(config, tmp_path / "config.yaml")
