@@ -150,7 +150,7 @@ def test_a_changed_config_is_refused_by_its_keys(
     changed = options(shards, tmp_path, "train.steps=2", "optim.lr=0.5")
     assert train_here(changed) == 1
     message = capsys.readouterr().err
-    assert "optim.lr: 0.0015 -> 0.5" in message
+    assert "optim.lr: 0.0012 -> 0.5" in message
     assert "resume=force" in message
     assert read_marker(tmp_path) == "FINISHED"  # a refused command changes nothing
     assert train_here([*changed, "resume=never"]) == 1
@@ -285,7 +285,7 @@ def test_a_vae_run_learns_and_shows(shards: Path, tmp_path: Path) -> None:
     assert sorted(captions) == [f"reconstruction-{i:02d}" for i in range(3)]
     clip = probe((drawn / "reconstruction-00.mp4").read_bytes())
     assert clip.frames == 5
-    assert clip.width == 2 * clip.height  # truth beside reconstruction
+    assert clip.width == 3 * clip.height  # truth, reconstruction, difference
 
 
 def test_a_dit_run_draws_its_prompts(shards: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ TINY_DIT = (
     *("experiment=nano_identity", "model.hidden_size=24", "model.num_heads=2", "model.depth=1"),
     *("model.ffn_dim=32", "model.patch_size=[1,4,4]", "text.num_layers=1", "text.d_model=16"),
     *("model.text_dim=16", "text.num_heads=2", "text.d_ff=16", "samples.steps=2"),
+    "optim.muon=[]",  # for the strategies that shard
 )
 TINY_VAE = ("experiment=demo_vae", "vae.base_dim=8", "vae.z_dim=4", "tracking=jsonl")
 SHORT = (
