@@ -18,6 +18,7 @@ from torch.func import functional_call
 from longtake.data.plan import PlannedSample
 from longtake.models.discriminator import Discriminator
 from longtake.train.engine import Engine, Ranks
+from longtake.train.metrics import WeightedMean
 from longtake.train.schema import VAERun
 from longtake.train.tasks import LossSum, normal_draws
 
@@ -59,7 +60,7 @@ class Adversary:
         with torch.device("meta"):  # lends its forward to weights that the engine holds
             self._listener = Discriminator(settings.network)
         self.figures = Figures(started=settings.start)
-        self._sums: dict[str, Tensor] = {}
+        self._means = WeightedMean()  # of the present step
 
     def learns(self, step: int) -> bool:
         """Whether the discriminator is taught at this optimizer step."""
@@ -117,8 +118,8 @@ class Adversary:
             slope = (real - shaken[0]).square().mean(1) if shakes else self._slope(video)
             parts["r1"], total = slope, total + settings.r1 * slope
         sums = {name: (weights * value).sum().detach() for name, value in parts.items()}
-        for name in ("logits_real", "logits_fake"):
-            self._add(name, sums[name])
+        for name in ("logits_real", "logits_fake") if settings.lecam > 0 else ():
+            self._means.count(name, sums[name])
         return LossSum((weights * total).sum(), sums)
 
     def _slope(self, video: Tensor) -> Tensor:
@@ -130,10 +131,8 @@ class Adversary:
 
     def watch(self, reconstruction: Tensor) -> None:
         """Count a micro-batch's weighted reconstruction loss, by which a plateau is found."""
-        self._add("reconstruction", reconstruction.detach())
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if self.figures.started is None:
+            self._means.count("reconstruction", reconstruction.detach())
 
     def finish_step(self, step: int, weight: float) -> dict[str, float]:
         """Teach the lesson of this optimizer step and bring the figures up to date.
@@ -145,21 +144,19 @@ class Adversary:
             result = self.engine.clip_and_step(self.settings.lr, self.optim.max_grad_norm)
             row["critic_grad_norm"] = result.grad_norm
             self.figures.lessons += not result.skipped
-        mine = {name: value.item() for name, value in self._sums.items()}
-        self._sums = {}
-        every = self.engine.ranks.gather(mine)
-        means = {name: sum(other[name] for other in every) / weight for name in mine}
-        self._keep_verdicts(means)
-        if self.figures.started is None:
-            self._look_for_plateau(step, means["reconstruction"])
+        seeks = self.figures.started is None
+        if seeks or (self.settings.lecam > 0 and self.learns(step)):  # else nothing waits for it
+            self._means.add_weight(weight)
+            means = self._means.read(self.engine.ranks)
+            if seeks:
+                self._look_for_plateau(step, means["reconstruction"])
+            else:
+                self._keep_verdicts(means["logits_real"], means["logits_fake"])
         return row
 
-    def _keep_verdicts(self, means: dict[str, float]) -> None:
+    def _keep_verdicts(self, real: float, fake: float) -> None:
         figures = self.figures
-        if "logits_real" not in means:
-            return
         keep = VERDICT_DECAY if figures.lessons > 1 else 0.0  # the first verdict is the mean itself
-        real, fake = means["logits_real"], means["logits_fake"]
         if abs(real) + abs(fake) < float("inf"):  # a lesson that was skipped says nothing
             figures.real = keep * figures.real + (1 - keep) * real
             figures.fake = keep * figures.fake + (1 - keep) * fake

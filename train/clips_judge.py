@@ -168,7 +168,7 @@ class Judge:
     def _losses(self, task: str, clean: Tensor, batch: Batch) -> Tensor:
         """(B,) flow loss under the task, the mean over validation.noise_levels: that of training's
         validation pass where the task is t2v."""
-        config, samples = self.run.config, [clip.sample for clip in batch.clips]
+        config, samples = self.run.config, batch.samples
         patch = config.model.patch_size
         mask = given_mask(task, (clean.shape[2], clean.shape[3], clean.shape[4])).to(self.device)
         given = mask.expand(len(clean), *mask.shape)

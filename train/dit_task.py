@@ -106,7 +106,7 @@ class DiTTask:
         return grid[0] * grid[1] * grid[2]
 
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
-        samples = [clip.sample for clip in batch.clips]
+        samples = batch.samples
         noised = self._noise(batch, self._draw_levels(samples))
         text = [
             self._empty if self._drops_caption(clip.sample) else row
@@ -195,7 +195,7 @@ class DiTTask:
         self, batch: Batch, t: Tensor, *, purpose: str = "noise", task: str | None = None
     ) -> Noised:
         clean = self._clean(batch)
-        samples = [clip.sample for clip in batch.clips]
+        samples = batch.samples
         noise = normal_draws(samples, tuple(clean.shape[1:]), purpose).to(self.device)
         shape = (clean.shape[2], clean.shape[3], clean.shape[4])
         masks = [given_mask(task or self._task(s), shape) for s in samples]

@@ -26,7 +26,11 @@ class WeightedMean:
     def add(self, loss: LossSum) -> None:
         """One micro-batch of this rank; stays on the device, no host sync."""
         for name, value in {"loss": loss.total.detach(), **loss.parts}.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
+            self.count(name, value)
+
+    def count(self, name: str, value: Tensor) -> None:
+        """A detached sum () of its own, to be divided by the same weights."""
+        self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
 
     def add_weight(self, weight: float) -> None:
         """The weight of one global step, the same on all ranks."""

@@ -2,7 +2,7 @@
 
 Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; its scale beside AdamW as in
 Moonlight, arXiv 2502.16982 §2.2. Torch's own `torch.optim.Muon` multiplies in bf16 on every device,
-which a CPU without that format does twenty times slower, and knows no matrices side by side.
+which a CPU without that format does 17 times slower, and knows no matrices side by side.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -96,20 +97,27 @@ def muon_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     Queries, keys and values that lie in one matrix are turned each for itself. ValueError for a
     pattern that no matrix fits.
     """
+    matrices = {name: p for name, p in module.named_parameters() if is_matrix(name, p)}
     groups: dict[int, list[nn.Parameter]] = {}
-    fitting: set[str] = set()
-    for name, parameter in module.named_parameters():
-        fits = [pattern for pattern in config.muon if fnmatchcase(name, pattern)]
-        if not fits or not is_matrix(name, parameter):
-            continue
-        fitting.update(fits)
+    for name, parameter in named_like(matrices, config.muon, "optim.muon").items():
         parts = SIDE_BY_SIDE.get(name.split(".")[-2], 1)
         groups.setdefault(parts, []).append(parameter)
-    for pattern in config.muon:
-        if pattern not in fitting:
-            raise ValueError(f"optim.muon has {pattern}: no trainable matrix is called so")
     common = {"weight_decay": config.weight_decay, "lr_scale": config.muon_lr_scale}
     return [{"params": listed, "parts": parts, **common} for parts, listed in groups.items()]
+
+
+def named_like(
+    named: Mapping[str, nn.Parameter], patterns: Sequence[str], key: str
+) -> dict[str, nn.Parameter]:
+    """Those of the parameters whose name fits one of the patterns (`encoder.*`, as in a shell).
+
+    ValueError, naming the config key, for a pattern that none fits.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            some = ", ".join(list(named)[:3])
+            raise ValueError(f"{key} has {pattern}: nothing is called so (names are like {some})")
+    return {n: p for n, p in named.items() if any(fnmatchcase(n, each) for each in patterns)}
 
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from longtake.data.loader import Batch, Loader, chain_digests, read_batches
 from longtake.data.plan import Exclusion, Plan
@@ -131,9 +132,8 @@ class Training:
             "bad": [asdict(exclusion) for batch in batches for exclusion in batch.excluded],
         }
         reports = self.ranks.gather(report)
-        new = self.quarantine.agree([[Exclusion(**e) for e in r["bad"]] for r in reports])
+        new = self._exclude([report["bad"] for report in reports])
         if new:
-            self.ranks.barrier()  # rank 0 has written them down
             for exclusion in new:
                 self.console.say(f"left out from here on: {exclusion.reason}")
             self.quarantine.check(self.samples_seen)
@@ -146,6 +146,13 @@ class Training:
         if stops:
             self.console.say(f"{stops[0]}: saving after this step")
         return Agreed(weight, count, tokens, bool(stops))
+
+    def _exclude(self, found: list[list[dict[str, Any]]]) -> list[Exclusion]:
+        """Exclusions as every rank found them, agreed on and durable; returns what is new."""
+        new = self.quarantine.agree([[Exclusion(**each) for each in mine] for mine in found])
+        if new:
+            self.ranks.barrier()  # rank 0 has written them down
+        return new
 
     def examine(
         self, batches: list[Batch], losses: list[LossSum], weight: float, skipped: bool
@@ -166,7 +173,7 @@ class Training:
             if self._watch.jumped(total):
                 counts = [sum(map(self.task.weight, batch.samples)) for batch in batches]
                 high = zip(shares, counts, strict=True)
-                bad = [self._watch.is_high(share / count) for share, count in high if count]
+                bad = [self._watch.is_high(share / count) for share, count in high]
                 reason = f"loss jumped to {total:.4g} at step {self.step}"
                 self._leave_out(batches, bad, self.step - 1, reason)  # done again, without them
                 self._rewind()
@@ -182,13 +189,8 @@ class Training:
             if is_bad or everything
             for sample in batch.samples
         ]
-        mine = [[sample.sample_id, f"{sample.key}: {reason}"] for sample in samples]
-        found = [
-            [Exclusion(number, from_step, why) for number, why in rows]
-            for rows in self.ranks.gather(mine)
-        ]
-        new = self.quarantine.agree(found)
-        self.ranks.barrier()  # rank 0 has written them down
+        mine = [Exclusion(s.sample_id, from_step, f"{s.key}: {reason}") for s in samples]
+        new = self._exclude(self.ranks.gather([asdict(exclusion) for exclusion in mine]))
         self.console.say(f"{reason}: {len(new)} samples are left out from here on")
         self.quarantine.check(self.samples_seen)
         self._loader = self._load_from(self.step)

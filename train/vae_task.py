@@ -7,7 +7,6 @@ is that of VQGAN (arXiv 2012.09841).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from longtake.train import fidelity, vae_losses
 from longtake.train.adversary import Adversary
 from longtake.train.engine import Engine, Ranks
 from longtake.train.latent_figures import LatentFigures
+from longtake.train.optim import named_like
 from longtake.train.playback import to_frames
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
@@ -65,9 +65,8 @@ class VAETask:
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
         """Terms of optimizer step `batch.step`; the critic's lesson comes with it."""
         video = batch.stack_video().to(self.device)  # (B, 3, T, H, W)
-        samples = [clip.sample for clip in batch.clips]
-        shape = (self.config.vae.z_dim, *self.config.vae.latent_shape(*video.shape[2:]))
-        noise = normal_draws(samples, shape, "posterior").to(self.device)
+        samples = batch.samples
+        noise = normal_draws(samples, self._latent_shape(video), "posterior").to(self.device)
         pixels, posterior = engine(video, noise)
         pixels = pixels.float()
         weights = torch.tensor([self.weight(s) for s in samples], device=self.device)
@@ -151,10 +150,13 @@ class VAETask:
                 drawings.append(Drawing(name, to_frames(triple), clip.fps, clip.caption))
         return drawings
 
+    def _latent_shape(self, video: Tensor) -> tuple[int, ...]:
+        """(Z, T', H', W') of each clip of a batch (B, 3, T, H, W)."""
+        return self.config.vae.z_dim, *self.config.vae.latent_shape(*video.shape[2:])
+
     def _reconstruct(self, engine: Engine, video: Tensor) -> tuple[Tensor, Posterior]:
         """Clamped pixels and posterior, without posterior noise."""
-        shape = (self.config.vae.z_dim, *self.config.vae.latent_shape(*video.shape[2:]))
-        silence = torch.zeros((len(video), *shape), device=self.device)
+        silence = torch.zeros((len(video), *self._latent_shape(video)), device=self.device)
         pixels, posterior = engine(video, silence)
         return pixels.float().clamp(-1, 1), posterior
 
@@ -164,12 +166,7 @@ def freeze(module: torch.nn.Module, patterns: Sequence[str]) -> None:
 
     ValueError for a pattern that fits none, or patterns that leave nothing to train.
     """
-    for pattern in patterns:
-        named = [p for name, p in module.named_parameters() if fnmatchcase(name, pattern)]
-        if not named:
-            first = ", ".join(name for name, _ in list(module.named_parameters())[:3])
-            raise ValueError(f"freeze has {pattern}: no parameter is called so (such as {first})")
-        for parameter in named:
-            parameter.requires_grad_(False)
+    for parameter in named_like(dict(module.named_parameters()), patterns, "freeze").values():
+        parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(f"freeze={list(patterns)} leaves nothing to train")

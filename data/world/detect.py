@@ -15,7 +15,7 @@ from scipy import ndimage
 from longtake.data.world.flow import CameraMotion, background_motion
 from longtake.data.world.ground import Ground
 from longtake.data.world.render import coverage
-from longtake.data.world.scene import COLOURS, PALETTE, SHAPES, shapes_at
+from longtake.data.world.scene import COLOURS, PALETTE, shapes_at
 
 MIN_COVERAGE = 0.45
 SOFT = 0.9  # of the palette's chroma: below it a colour counts as painted softly
@@ -185,9 +185,10 @@ class Detection:
         errors[:, size:] -= errors[:, :-size].copy()
         return {names[best] for best in errors[:, size - 1 :].argmin(0)}
 
-    def shape_of(self, track: Track, names: tuple[str, ...] = SHAPES) -> str:
+    def shape_of(self, track: Track) -> str:
         """The shape whose ideal picture at the track's place and area overlaps it best."""
         best = np.argsort(-track.area)[: max(1, min(7, int(track.seen.sum())))]
+        names = shapes_at(self.side)
         return names[int(np.argmin(self.misfit(track, names, best).sum(1)))]
 
     def misfit(self, track: Track, names: Sequence[str], at: np.ndarray) -> np.ndarray:

@@ -110,8 +110,12 @@ def _of_first_colour(clip: WorldClip, *changes: Change) -> np.ndarray:
 
 def flickering(clip: WorldClip) -> np.ndarray:
     """The first entity is a third larger in every second frame."""
-    times = range(clip.scene.frames)
-    return _of_first_colour(clip, *(Change(t, "radius", (1.0, 1.35)[t % 2]) for t in times))
+    return _of_first_colour(clip, *pulses(clip.scene.frames))
+
+
+def pulses(frames: int) -> list[Change]:
+    """Of a thing that is a third larger in every second frame."""
+    return [Change(t, "radius", (1.0, 1.35)[t % 2]) for t in range(frames)]
 
 
 def reshaped_midway(clip: WorldClip) -> np.ndarray:
@@ -161,6 +165,11 @@ def panned(clip: WorldClip) -> np.ndarray:
         )
 
     return _filmed(clip, edit)
+
+
+CONSTANCY_FAULTS = {"consistency": (flickering, reshaped_midway)}
+STATIC_FAULTS = {"static_camera": (cut_midway, panned)}
+"""Of the scores that most families have: those that ask `CONSTANT` and `STATIC` of the registry."""
 
 
 def resized(clip: WorldClip) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from longtake.data.world.detect import Detection, Track
 from longtake.data.world.ground import Ground
-from longtake.data.world.scene import DIRECTIONS, SIZES, shapes_at
+from longtake.data.world.scene import DIRECTIONS, SIZES
 
 Scorer = Callable[..., float]
 SCORERS: dict[str, Scorer] = {}
@@ -83,9 +83,8 @@ def colour(seen: Detection, colours: list[str]) -> float:
 @scorer
 def shape(seen: Detection, shape: str, colour: str | None = None) -> float:
     """The largest entity (or that of a colour) has the asked shape."""
-    names = shapes_at(seen.side)
     track = seen.main if colour is None else seen.tracks.get(colour)
-    return track is not None and seen.shape_of(track, names) == shape
+    return track is not None and seen.shape_of(track) == shape
 
 
 @scorer

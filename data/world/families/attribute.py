@@ -25,9 +25,8 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
-    cut_midway,
+    STATIC_FAULTS,
     missing,
-    panned,
     reshaped,
     reversed_in_time,
     with_changes,
@@ -265,7 +264,7 @@ register(
                 leaving,
             ),
             "looks": (reshaped, missing),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
         },
     )
 )

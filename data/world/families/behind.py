@@ -23,11 +23,11 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
-    cut_midway,
+    STATIC_FAULTS,
     half_gone,
     mirrored,
     missing,
-    panned,
+    pulses,
     recoloured,
     redrawn,
     reshaped,
@@ -118,8 +118,7 @@ def _in_front(clip: WorldClip, *changes: Change) -> np.ndarray | None:
 
 def front_flickering(clip: WorldClip) -> np.ndarray | None:
     """The one in front is a third larger in every second frame."""
-    times = range(clip.scene.frames)
-    return _in_front(clip, *(Change(t, "radius", (1.0, 1.35)[t % 2]) for t in times))
+    return _in_front(clip, *pulses(clip.scene.frames))
 
 
 def front_reshaped(clip: WorldClip) -> np.ndarray | None:
@@ -258,7 +257,7 @@ register(
             "passing": (mirrored, stopped_halfway, missing),
             "looks": (reshaped, missing),
             "count_constancy": (half_gone,),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
         },
     )
 )

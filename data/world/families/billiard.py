@@ -26,16 +26,14 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
-    flickering,
     half_gone,
     mirrored,
     missing,
-    panned,
     recoloured,
     reshaped,
-    reshaped_midway,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.scene import DIRECTIONS, Entity, Event, Scene, Segment
@@ -162,8 +160,8 @@ register(
                 run_through,
             ),
             "count_constancy": (half_gone,),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
         },
         nudge=later_effect,
     )

@@ -36,15 +36,13 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
-    flickering,
     mirrored,
     missing,
-    panned,
     recoloured,
     reshaped,
-    reshaped_midway,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
 from longtake.data.world.render import render
@@ -194,8 +192,8 @@ register(
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),
             "looks": (reshaped, missing),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
             "bite": (*effect_faults(2, 0.0, 1.0), _bitten_without_contact, at_rest),
         },
     )

@@ -19,14 +19,12 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.families.support import HELD_OUT, SHAPES, TOLERANCE
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
-    flickering,
     missing,
-    panned,
     recoloured,
     reshaped,
-    reshaped_midway,
     resized,
     with_motion,
 )
@@ -269,8 +267,8 @@ register(
             "colour": (recoloured, missing),
             "shape": (reshaped,),
             "size": (resized,),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
             "bounce": (
                 turned_too_soon,
                 left_the_frame,

@@ -21,15 +21,14 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
     blinking,
-    flickering,
     half_gone,
     missing,
     recoloured,
     recoloured_midway,
     redrawn,
     reshaped,
-    reshaped_midway,
     reversed_in_time,
     with_motion,
 )
@@ -277,7 +276,7 @@ register(
         faults={
             "colour": (recoloured, missing),
             "shape": (reshaped,),
-            "consistency": (flickering, reshaped_midway),
+            **CONSTANCY_FAULTS,
             "camera_word": (turned_round, unmoved, left_behind),
             "camera_steady": (shaky, jumping, drifting, zooming, turned_round, unmoved),
             "count_constancy": (blinking, half_gone, recoloured_midway),

@@ -29,14 +29,12 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
-    flickering,
     mirrored,
     missing,
-    panned,
     recoloured,
-    reshaped_midway,
     with_changes,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Words
@@ -160,8 +158,8 @@ register(
         faults={
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
             "flame": (*effect_faults(1, 1.0, 0.0), _out_without_contact, at_rest),
         },
     )

@@ -23,16 +23,14 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
-    flickering,
     half_gone,
     mirrored,
     missing,
-    panned,
     recoloured,
     reshaped,
-    reshaped_midway,
     with_entity,
     with_motion,
 )
@@ -194,8 +192,8 @@ register(
             "looks": (reshaped, missing),
             "causal": (mirrored, no_effect, at_rest, effect_first, goes_on, run_through),
             "count_constancy": (half_gone,),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
         },
         nudge=later_effect,
     )

@@ -22,15 +22,13 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     blinking,
-    cut_midway,
-    flickering,
     half_gone,
     missing,
-    panned,
     recoloured_midway,
     redrawn,
-    reshaped_midway,
     split_in_two,
     with_changes,
 )
@@ -311,8 +309,8 @@ register(
             "colour": (miscoloured,),
             "count": (missing, split, split_in_two),
             "count_constancy": (blinking, half_gone, changed_midway, split_midway),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
         },
     )
 )

@@ -23,9 +23,8 @@ from longtake.data.world.families.registry import (
 )
 from longtake.data.world.faults import (
     NEXT_SHAPE,
-    cut_midway,
+    STATIC_FAULTS,
     flickering,
-    panned,
     recoloured,
     reshaped_midway,
 )
@@ -310,7 +309,7 @@ register(
         faults={
             "grid": (exchanged, one_empty, same_everywhere, one_video, without_panels)
             + (one_at_rest, recoloured, flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
             "panel_looks": (one_reshaped, one_empty),
         },
     )

@@ -18,11 +18,10 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
     flickering,
     missing,
-    panned,
     recoloured,
     redrawn,
     reshaped_midway,
@@ -239,7 +238,7 @@ register(
             "size": (resized,),
             "heading": (backwards, sideways, never_turned, at_rest, reversed_in_time, missing)
             + (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
         },
     )
 )

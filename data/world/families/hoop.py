@@ -27,15 +27,13 @@ from longtake.data.world.families.support import (
     thickness,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
-    flickering,
     missing,
-    panned,
     recoloured,
     redrawn,
     reshaped,
-    reshaped_midway,
     with_entity,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Vocabulary, Words
@@ -275,8 +273,8 @@ register(
         faults={
             "colour": (recoloured, missing),
             "shape": (reshaped,),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
             "solid": (
                 passed_over,
                 passed_behind,

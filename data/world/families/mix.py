@@ -25,13 +25,12 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
+    STATIC_FAULTS,
     at_rest,
     coloured_back,
-    cut_midway,
     flickering,
     flipped,
     missing,
-    panned,
     recoloured_midway,
     redrawn,
     reshaped,
@@ -373,7 +372,7 @@ register(
             "direction": (at_rest, other_way),
             "looks": (reshaped, missing),
             "consistency": (flickering, reshaped_late),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
             "turns": (unturned, turned_back, reversed_in_time),
             "relation": (flipped,),
             "camera_word": (unpanned, reversed_in_time),

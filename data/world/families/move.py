@@ -15,18 +15,16 @@ from longtake.data.world.families.registry import (
     roomiest,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     at_rest,
     blinking,
-    cut_midway,
-    flickering,
     half_gone,
     mirrored,
     missing,
-    panned,
     recoloured,
     recoloured_midway,
     reshaped,
-    reshaped_midway,
     resized,
     split_in_two,
 )
@@ -132,8 +130,8 @@ register(
             "direction": (mirrored, at_rest),
             "pace": (at_rest,),
             "count_constancy": (blinking, half_gone, recoloured_midway, split_in_two),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
         },
     )
 )

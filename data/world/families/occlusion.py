@@ -20,12 +20,11 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
     flickering,
     mirrored,
     missing,
-    panned,
     recoloured,
     redrawn,
     reshaped,
@@ -223,7 +222,7 @@ register(
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),
             "shape": (reshaped,),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
             "permanence": (
                 flickering,
                 reshaped_midway,

@@ -24,14 +24,12 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     coloured_back,
-    cut_midway,
-    flickering,
     mirrored,
-    panned,
     redrawn,
     reshaped,
-    reshaped_midway,
     resized,
     with_changes,
     with_motion,
@@ -274,8 +272,8 @@ register(
         build=build,
         faults={
             "looks": (reshaped, resized),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
             "order": (
                 in_other_order,
                 at_once,

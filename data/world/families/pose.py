@@ -27,11 +27,10 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
+    STATIC_FAULTS,
     blinking,
-    cut_midway,
     half_gone,
     missing,
-    panned,
     recoloured,
     recoloured_midway,
     redrawn,
@@ -379,7 +378,7 @@ register(
         faults={
             "figure": (recoloured, recoloured_midway, half_gone, blinking)
             + (arm_missing, leg_missing, arm_lost, missing),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
             "pose": (frozen, other_action, other_side, stiff),
         },
     )

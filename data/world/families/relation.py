@@ -25,16 +25,14 @@ from longtake.data.world.families.registry import (
     register,
 )
 from longtake.data.world.faults import (
-    cut_midway,
-    flickering,
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     flipped,
     half_gone,
     missing,
-    panned,
     recoloured,
     recoloured_midway,
     reshaped,
-    reshaped_midway,
     resized,
     with_motion,
 )
@@ -237,8 +235,8 @@ def _register(axis: int, name: str, exchanged: Fault, motions: tuple[str, str]) 
                 "looks": (reshaped, resized, missing),
                 "together": (parted, missing),
                 "count_constancy": (half_gone, recoloured_midway),
-                "consistency": (flickering, reshaped_midway),
-                "static_camera": (cut_midway, panned),
+                **CONSTANCY_FAULTS,
+                **STATIC_FAULTS,
             },
         )
     )

@@ -27,10 +27,9 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
+    STATIC_FAULTS,
     at_rest,
-    cut_midway,
     half_gone,
-    panned,
     recoloured,
     redrawn,
     reshaped,
@@ -331,7 +330,7 @@ register(
         faults={
             "colour": (recoloured,),
             "looks": (reshaped,),
-            "static_camera": (cut_midway, panned),
+            **STATIC_FAULTS,
             "spill": (
                 _unbroken,
                 _dry,

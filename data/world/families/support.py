@@ -19,15 +19,13 @@ from longtake.data.world.families.registry import (
     still,
 )
 from longtake.data.world.faults import (
-    cut_midway,
-    flickering,
+    CONSTANCY_FAULTS,
+    STATIC_FAULTS,
     flipped,
     half_gone,
     missing,
-    panned,
     recoloured,
     reshaped,
-    reshaped_midway,
     with_motion,
 )
 from longtake.data.world.language import STATIC_CAMERA, STATIC_CAMERA_ZH, Vocabulary, Words
@@ -261,8 +259,8 @@ register(
         faults={
             "colour": (recoloured, missing),
             "shape": (reshaped,),
-            "consistency": (flickering, reshaped_midway),
-            "static_camera": (cut_midway, panned),
+            **CONSTANCY_FAULTS,
+            **STATIC_FAULTS,
             "gravity": (
                 floating,
                 hovering,
