@@ -1,7 +1,8 @@
 """How close drawn clips come to true ones where no truth record says what they show.
 
 Clips are float (B, 3, T, H, W) in [0, 1]. Weights of learned metrics are files of the user's own:
-nothing is fetched.
+nothing is fetched. torchmetrics is imported where it is used: it loads matplotlib, transformers and
+half of scipy, as long as all else that a command imports.
 """
 
 from __future__ import annotations
@@ -14,11 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from longtake.data.config import DataConfig
 from longtake.data.plan.draws import Draws
@@ -38,6 +34,8 @@ DETECTOR_ARGUMENTS = {"rescale": False, "resize": True, "return_features": True}
 
 def psnr(clips: Tensor, truth: Tensor) -> Tensor:
     """(B,) dB over all values of each clip, at most PSNR_CAP."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     values = peak_signal_noise_ratio(
         clips, truth, data_range=1.0, reduction="none", dim=(1, 2, 3, 4)
     )
@@ -49,6 +47,8 @@ def ssim(clips: Tensor, truth: Tensor) -> Tensor:
 
     ValueError for frames smaller than its window.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     height, width = clips.shape[-2:]
     if min(height, width) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs frames of {SSIM_WINDOW} pixels or more, got {height}x{width}")
@@ -229,6 +229,8 @@ def frechet_distance(truth: Tensor, drawn: Tensor) -> float:
 
     ValueError as of `check_enough_clips`. The estimate falls with N: compare at equal N only.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     check_enough_clips(min(len(truth), len(drawn)), truth.shape[1])
     metric = FrechetInceptionDistance(feature=_AsTheyAre(truth.shape[1]))
     metric.update(truth.double(), real=True)
