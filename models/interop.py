@@ -7,7 +7,7 @@ are one matrix, 1×1 kernels and patch convolutions are matrices.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
+HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w.-]+))?")
 # Our name → theirs, tried in this order; what no rule matches keeps its name.
 _VAE_RULES = (
     (r"^quant\.", "quant_conv."),
@@ -96,11 +97,11 @@ def vae_from_diffusers(module: "AutoencoderKLWan") -> VAE:
     return vae
 
 
-def vae_from_folder(folder: str | Path) -> VAE:
-    """The VAE of a folder that `AutoencoderKLWan.save_pretrained` wrote, on the CPU in fp32."""
+def vae_from_pretrained(place: str) -> VAE:
+    """The VAE of a diffusers folder or hub id (see `_read_component`), on the CPU in fp32."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    return vae_from_diffusers(AutoencoderKLWan.from_pretrained(str(folder)))
+    return vae_from_diffusers(_read_component(AutoencoderKLWan, place, "vae"))
 
 
 def vae_to_diffusers(
@@ -162,10 +163,18 @@ def dit_config_from_diffusers(config: dict) -> DiTConfig:
 
 
 def dit_from_diffusers(module: "WanTransformer3DModel") -> DiT:
-    """A DiT with the weights of a `WanTransformer3DModel`."""
-    dit = DiT(dit_config_from_diffusers(dict(module.config)))
-    dit.load_state_dict(dit_state_from_diffusers(module.state_dict(), dit))
-    return dit
+    """A DiT with the weights of a `WanTransformer3DModel`, in fp32."""
+    with torch.device("meta"):  # 14 B weights are not drawn only to be replaced
+        dit = DiT(dit_config_from_diffusers(dict(module.config)))
+    dit.load_state_dict(dit_state_from_diffusers(module.state_dict(), dit), assign=True)
+    return dit.float()
+
+
+def dit_from_pretrained(place: str) -> DiT:
+    """The DiT of a diffusers folder or hub id (see `_read_component`), on the CPU in fp32."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    return dit_from_diffusers(_read_component(WanTransformer3DModel, place, "transformer"))
 
 
 def dit_state_from_diffusers(theirs: dict[str, Tensor], dit: DiT) -> dict[str, Tensor]:
@@ -206,6 +215,31 @@ def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
             state[part] = piece.reshape(theirs[part].shape)
     module.load_state_dict(state)
     return module.eval()
+
+
+def _read_component(kind: Any, place: str, name: str) -> Any:
+    """A module of a diffusers folder or hub id, in fp32.
+
+    The place is the module's own folder or a pipeline that holds it as `name`; a hub id may end in
+    another subfolder, `owner/pipeline/transformer_2`. ValueError where nothing of the kind can be
+    read, or where some of its weights are missing, unexpected or of another shape.
+    """
+    hub_id = HUB_ID.fullmatch(place)
+    if Path(place).is_dir():
+        source, subfolder = place, None if (Path(place) / "config.json").is_file() else name
+    elif hub_id:
+        source, subfolder = hub_id["repository"], hub_id["subfolder"] or name
+    else:
+        raise ValueError(f"{place}: no such folder, and no hub id (owner/name)")
+    try:
+        module, found = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{place}: no {kind.__name__} can be read there: {first}") from error
+    faults = [f"{fault} {keys}" for fault, keys in found.items() if keys]
+    if faults:
+        raise ValueError(f"{place}: weights do not fit their own config: {'; '.join(faults)}")
+    return module
 
 
 def _vae_names(config: VAEConfig, ours: Iterable[str]) -> dict[str, str]:

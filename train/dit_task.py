@@ -24,6 +24,7 @@ from longtake.models.sampler import TextInput, sample
 from longtake.models.text import TextEncoder, Tokenizer
 from longtake.train.codec import Codec
 from longtake.train.engine import Engine
+from longtake.train.optim import freeze
 from longtake.train.playback import to_frames
 from longtake.train.runs import LoadedDiT, RunPlace
 from longtake.train.sample import Painter
@@ -89,6 +90,7 @@ class DiTTask:
         self._frozen_text: TextEncoder | None = None
         text = TextEncoder(config.text) if config.text.kind == "bytes" else None
         self.module = TextToVideo(DiT(config.model), text, config.text.max_length)
+        freeze(self.module, config.freeze)
         self.patch_size = config.model.patch_size
         self.prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"
         self._empty = self._empty_text()

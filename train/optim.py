@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from longtake.train.muon import MuonAdamW
 
+T = TypeVar("T")
 SCHEDULES = ("constant", "cosine")
 SIDE_BY_SIDE = {"qkv": 3, "kv": 2}  # matrices that lie in one, row after row
 NEVER_DECAYED = ("bias", "gamma", "scale_shift_table")
@@ -106,10 +108,19 @@ def muon_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
     return [{"params": listed, "parts": parts, **common} for parts, listed in groups.items()]
 
 
-def named_like(
-    named: Mapping[str, nn.Parameter], patterns: Sequence[str], key: str
-) -> dict[str, nn.Parameter]:
-    """Those of the parameters whose name fits one of the patterns (`encoder.*`, as in a shell).
+def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters whose name fits a pattern (`encoder.*`, as in a shell) are not trained.
+
+    ValueError for a pattern that fits none, or patterns that leave nothing to train.
+    """
+    for parameter in named_like(dict(module.named_parameters()), patterns, "freeze").values():
+        parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"freeze={list(patterns)} leaves nothing to train")
+
+
+def named_like(named: Mapping[str, T], patterns: Sequence[str], key: str) -> dict[str, T]:
+    """What has a name that fits one of the patterns (`encoder.*`, as in a shell).
 
     ValueError, naming the config key, for a pattern that none fits.
     """
@@ -117,7 +128,12 @@ def named_like(
         if not any(fnmatchcase(name, pattern) for name in named):
             some = ", ".join(list(named)[:3])
             raise ValueError(f"{key} has {pattern}: nothing is called so (names are like {some})")
-    return {n: p for n, p in named.items() if any(fnmatchcase(n, each) for each in patterns)}
+    return {name: value for name, value in named.items() if is_like(name, patterns)}
+
+
+def is_like(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the name fits one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:

@@ -83,6 +83,14 @@ def read_run_config(place: RunPlace) -> VAERun | DiTRun:
     return parse_config(json.loads(text))
 
 
+def read_weights(place: RunPlace, weights: str = "ema") -> dict[str, Tensor]:
+    """Every tensor of the checkpoint's EMA or raw weights by name; ValueError when damaged."""
+    try:
+        return checkpoint.load_full(place.checkpoint, WEIGHTS[weights])
+    except checkpoint.CheckpointError as error:
+        raise ValueError(str(error)) from error
+
+
 def load_run(
     path: Path, weights: str = "ema", device: torch.device | str = "cpu"
 ) -> LoadedVAE | LoadedDiT:
@@ -94,10 +102,7 @@ def load_run(
         raise ValueError(f"--weights {weights} must be one of {', '.join(WEIGHTS)}")
     place = find_run(path)
     config = read_run_config(place)
-    try:
-        tensors = checkpoint.load_full(place.checkpoint, WEIGHTS[weights])
-    except checkpoint.CheckpointError as error:
-        raise ValueError(str(error)) from error
+    tensors = read_weights(place, weights)
     if isinstance(config, VAERun):
         vae = _fill(VAE(config.vae), tensors, "", place, device)
         return LoadedVAE(place, config, weights, vae)

@@ -5,7 +5,7 @@ Each checks its own values; what concerns several sections is checked in `config
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longtake.data.config import DataConfig
 from longtake.models.conditioning import check_tasks
@@ -165,7 +165,7 @@ class EvaluationConfig:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What every stage shares."""
 
@@ -181,24 +181,28 @@ class RunConfig:
     tracking: TrackingConfig
     validation: ValidationConfig
     export: ExportConfig
+    # Configs written before these keys existed do not have them.
+    init_from: str | None = (
+        None  # run, checkpoint, diffusers folder or hub id whose weights it takes
+    )
+    init_names: list[str] = field(default_factory=list)  # patterns of those; empty: all
+    freeze: list[str] = field(default_factory=list)  # patterns of what stays as it is, "encoder.*"
 
     def __post_init__(self) -> None:
         choice("resume", self.resume, ("auto", "force", "never"))
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in [0, 2^63)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VAERun(RunConfig):
     """A run of stage=vae: the video autoencoder."""
 
     vae: VAEConfig
-    init_from: str | None  # run, checkpoint or diffusers folder whose weights it starts from
-    freeze: list[str]  # patterns of parameter names that stay as they are, such as "encoder.*"
     loss: VAELossConfig
     discriminator: AdversaryConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DiTRun(RunConfig):
     """A run of stage=dit: the diffusion transformer on latents or pixels."""
 

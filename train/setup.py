@@ -165,6 +165,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     config, folder, plan = prepared.config, prepared.folder, prepared.plan
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks)
+    started = _start(task, config, folder)
     engine = Engine(task.module, config.optim, config.engine, ranks)
     ema = Ema(engine, config.ema.decay)
     state = _resume(prepared, engine, ema, task.adversary, ranks)
@@ -175,7 +176,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     tracker = _open_folder(prepared, ranks)
     console = RunConsole(config.stage, config.train.steps, state["step"], ranks.is_main)
     if state["step"] == 0:
-        console.say(plan.summary())
+        console.say("\n".join([*started, plan.summary()]))
     else:
         console.say(f"{folder}: goes on at step {state['step']}")
     losses = WeightedMean()
@@ -235,12 +236,9 @@ def _prepare_torch(config: VAERun | DiTRun) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> Task:
+def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> VAETask | DiTTask:
     if isinstance(config, VAERun):
-        task = VAETask(config, ranks)
-        if config.init_from and not checkpoint.list_steps(folder / CHECKPOINTS):
-            start_from(task.module, config.init_from)
-        return task
+        return VAETask(config, ranks)
     codec = load_codec(config, folder=folder, device=ranks.device)
     for bucket in config.data.buckets:
         latents = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
@@ -251,6 +249,13 @@ def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> Task:
             "the one latent frame that is given; set tasks.i2v=0 or use longer clips",
         )
     return DiTTask(config, ranks.device, codec)
+
+
+def _start(task: VAETask | DiTTask, config: VAERun | DiTRun, folder: Path) -> list[str]:
+    """Weights of init_from where no checkpoint will replace them; what is to be said of it."""
+    if config.init_from is None or checkpoint.list_steps(folder / CHECKPOINTS):
+        return []
+    return [start_from(task.module, config.init_from, config.init_names)]
 
 
 def _resume(

@@ -18,7 +18,7 @@ from longtake.train import fidelity, vae_losses
 from longtake.train.adversary import Adversary
 from longtake.train.engine import Engine, Ranks
 from longtake.train.latent_figures import LatentFigures
-from longtake.train.optim import named_like
+from longtake.train.optim import freeze
 from longtake.train.playback import to_frames
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
@@ -159,14 +159,3 @@ class VAETask:
         silence = torch.zeros((len(video), *self._latent_shape(video)), device=self.device)
         pixels, posterior = engine(video, silence)
         return pixels.float().clamp(-1, 1), posterior
-
-
-def freeze(module: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """Parameters whose name fits a pattern (`encoder.*`, as in a shell) are not trained.
-
-    ValueError for a pattern that fits none, or patterns that leave nothing to train.
-    """
-    for parameter in named_like(dict(module.named_parameters()), patterns, "freeze").values():
-        parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(f"freeze={list(patterns)} leaves nothing to train")

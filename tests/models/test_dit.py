@@ -1,15 +1,22 @@
 """The DiT against diffusers: outputs, gradients, text padding, noise levels per token."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longtake.models.dit import DiT, DiTConfig
-from longtake.models.interop import dit_from_diffusers, dit_state_from_diffusers, dit_to_diffusers
+from longtake.models.interop import (
+    dit_from_diffusers,
+    dit_from_pretrained,
+    dit_state_from_diffusers,
+    dit_to_diffusers,
+)
 
 PEERS = {
     "two heads": {
@@ -27,7 +34,28 @@ PEERS = {
         "in_channels": 2, "out_channels": 2, "text_dim": 4, "freq_dim": 32, "ffn_dim": 16,
         "num_layers": 1, "eps": 1e-5,
     },
+    "five heads, patches in every axis": {
+        "patch_size": (3, 2, 2), "num_attention_heads": 5, "attention_head_dim": 6,
+        "in_channels": 3, "out_channels": 3, "text_dim": 6, "freq_dim": 10, "ffn_dim": 50,
+        "num_layers": 2,
+    },
+    "mask and image channels": {
+        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 14,
+        "in_channels": 12, "out_channels": 4, "text_dim": 9, "freq_dim": 16, "ffn_dim": 28,
+        "num_layers": 2,
+    },
+    "four heads, wide rows": {
+        "patch_size": (1, 1, 2), "num_attention_heads": 4, "attention_head_dim": 8,
+        "in_channels": 2, "out_channels": None, "text_dim": 16, "freq_dim": 12, "ffn_dim": 20,
+        "num_layers": 2, "eps": 1e-4,
+    },
 }  # fmt: skip
+GRIDS = {  # latents (T, H, W), where others than (4, 6, 6)
+    "one head": (3, 5, 7),
+    "five heads, patches in every axis": (3, 10, 6),
+    "mask and image channels": (5, 6, 10),
+    "four heads, wide rows": (1, 7, 18),
+}
 TINY = DiTConfig(
     in_channels=4, out_channels=4, hidden_size=24, num_heads=2, depth=2, ffn_dim=48, text_dim=10
 )
@@ -48,11 +76,15 @@ def peer(name: str) -> Any:
     return module
 
 
-def inputs(module: Any, length: int = 9) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    module: Any, grid: tuple[int, int, int] = (4, 6, 6), lens: tuple[int, ...] = (9, 9, 9)
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     config = module.config
-    latents = torch.randn(3, config.in_channels, 4, 6, 6, generator=generator)
-    text = torch.randn(3, length, config.text_dim, generator=generator)
+    latents = torch.randn(3, config.in_channels, *grid, generator=generator)
+    text = torch.randn(3, 9, config.text_dim, generator=generator)
+    for row, used in zip(text, lens, strict=True):
+        row[used:] = 0
     return latents, torch.tensor([0.0, 0.37, 1.0]), text
 
 
@@ -75,30 +107,31 @@ def compare(ours: DiT, theirs: Any, found: Tensor, expected: Tensor) -> None:
 def test_equals_diffusers(name: str) -> None:
     theirs = peer(name)
     ours = dit_from_diffusers(theirs)
-    latents, t, text = inputs(theirs)
-    expected = theirs(latents, 1000 * t, text).sample
-    compare(ours, theirs, ours(latents, t, text), expected)
-
-
-@pytest.mark.parametrize("lens", [(3, 1, 5), (9, 2, 4), (8, 8, 1)])
-def test_text_padding_equals_the_padded_peer(lens: tuple[int, ...]) -> None:
-    theirs = peer("two heads")
-    ours = dit_from_diffusers(theirs)
-    latents, t, text = inputs(theirs)
-    for row, used in zip(text, lens, strict=True):
-        row[used:] = 0
+    lens = (9, 2, 4)
+    latents, t, text = inputs(theirs, GRIDS.get(name, (4, 6, 6)), lens)
     expected = theirs(latents, 1000 * t, text).sample
     compare(ours, theirs, ours(latents, t, text, torch.tensor(lens)), expected)
 
 
-@pytest.mark.parametrize("name", ["two heads", "no cross norm, other patch"])
+@pytest.mark.parametrize("lens", [(3, 1, 5), (8, 8, 1)])
+def test_text_padding_equals_the_padded_peer(lens: tuple[int, ...]) -> None:
+    theirs = peer("two heads")
+    ours = dit_from_diffusers(theirs)
+    latents, t, text = inputs(theirs, lens=lens)
+    expected = theirs(latents, 1000 * t, text).sample
+    compare(ours, theirs, ours(latents, t, text, torch.tensor(lens)), expected)
+
+
+@pytest.mark.parametrize("name", ["two heads", "five heads, patches in every axis"])
 def test_levels_equal_a_timestep_per_token(name: str) -> None:
+    """The TI2V form of Wan 2.2, with three levels a sample where that needs two."""
     theirs = peer(name)
     ours = dit_from_diffusers(theirs)
-    latents, t, text = inputs(theirs)
-    levels = torch.stack((t, torch.zeros(3)), dim=1)
-    num_tokens = 4 * 6 * 6 // math.prod(ours.config.patch_size)
-    index = torch.randint(0, 2, (3, num_tokens), generator=torch.Generator().manual_seed(5))
+    grid = GRIDS.get(name, (4, 6, 6))
+    latents, t, text = inputs(theirs, grid)
+    levels = torch.stack((t, torch.zeros(3), 0.1 + t / 2), dim=1)
+    num_tokens = math.prod(ours.config.grid(grid))
+    index = torch.randint(0, 3, (3, num_tokens), generator=torch.Generator().manual_seed(5))
     expected = theirs(latents, 1000 * levels.gather(1, index), text).sample
     found = ours(latents, None, text, levels=levels, level_index=index)
     compare(ours, theirs, found, expected)
@@ -191,9 +224,21 @@ def test_wrong_grid_is_refused() -> None:
         DiT(TINY)(torch.zeros(1, 4, 2, 5, 4), torch.zeros(1), torch.zeros(1, 2, 10))
 
 
-def test_image_cross_attention_is_refused_by_name() -> None:
-    module = WanTransformer3DModel(
-        **PEERS["one head"], image_dim=8, added_kv_proj_dim=32, pos_embed_seq_len=None
-    )
-    with pytest.raises(ValueError, match="image_dim=8"):
+@pytest.mark.parametrize("option", [{"image_dim": 8}, {"added_kv_proj_dim": 32}])
+def test_image_cross_attention_is_refused_by_name(option: dict) -> None:
+    module = WanTransformer3DModel(**PEERS["one head"], **option)
+    ((key, value),) = option.items()
+    with pytest.raises(ValueError, match=f"{key}={value}"):
         dit_from_diffusers(module)
+
+
+def test_places_without_whole_weights_are_refused(tmp_path: Path) -> None:
+    peer("two heads").save_pretrained(tmp_path / "pipeline" / "transformer")
+    assert dit_from_pretrained(str(tmp_path / "pipeline")).config.num_heads == 2
+    file = tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({"other": tensors.pop("proj_out.bias"), **tensors}, file)
+    with pytest.raises(ValueError, match=r"missing_keys \['proj_out.bias'\]; unexpected_keys"):
+        dit_from_pretrained(str(tmp_path / "pipeline"))
+    with pytest.raises(ValueError, match="no such folder, and no hub id"):
+        dit_from_pretrained(str(tmp_path / "elsewhere"))

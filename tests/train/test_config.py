@@ -21,7 +21,10 @@ CONF = Path(longtake.conf.__file__).parent
 FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglob("*.yaml"))
 # What goes together with a file that does not fit the default experiment.
 COMPANIONS = {
-    "model/wan_1_3b": ["text=umt5_xxl"],
+    **{
+        f"model/{name}": ["text=umt5_xxl"]
+        for name in ("dit_s", "dit_b", "dit_l", "wan_1_3b", "wan_5b", "wan_14b")
+    },
     "text/umt5_xxl": ["model=wan_1_3b"],
     "model/nano_identity": ["codec=identity", "tasks.i2v=0"],
     "vae/demo": ["stage=vae"],

@@ -11,10 +11,11 @@ from longtake.train import checkpoint
 from longtake.train.config import parse_config
 from longtake.train.init_from import start_from
 from longtake.train.latent_figures import LatentFigures, fine_power
+from longtake.train.optim import freeze
 from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Means
-from longtake.train.vae_task import VAETask, freeze
+from longtake.train.vae_task import VAETask
 from tests.train.metric_weights import save_perceptual
 from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, tree, write_clips
 

@@ -1,0 +1,104 @@
+"""What a DiT run starts from: another run or public weights, whole or by name, never in silence."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.models.dit import DiT
+from longtake.models.interop import dit_to_diffusers
+from longtake.models.text import TextEncoder
+from longtake.models.vae import VAE
+from longtake.models.vae_config import VAEConfig
+from longtake.train import checkpoint
+from longtake.train.dit_task import TextToVideo
+from longtake.train.init_from import start_from
+from longtake.train.runs import load_dit
+from longtake.train.schema import DiTRun
+from tests.train.small_runs import shake, write_dit_run
+
+BLOCKS = ["dit.blocks.*"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("init")
+    return write_dit_run(folder / "run", folder / "latents")
+
+
+@pytest.fixture(scope="module")
+def config(run: Path) -> DiTRun:
+    return load_dit(run).config
+
+
+def make(config: DiTRun, **sizes: int) -> TextToVideo:
+    torch.manual_seed(7)
+    dit = DiT(replace(config.model, **sizes))
+    module = TextToVideo(dit, TextEncoder(config.text), config.text.max_length)
+    shake(module)
+    return module
+
+
+def taken(module: TextToVideo, before: TextToVideo, given: dict[str, torch.Tensor]) -> set[str]:
+    """Names that have the given values; the others must be as they were."""
+    old, found = before.state_dict(), set()
+    for name, tensor in module.state_dict().items():
+        if name in given and torch.equal(tensor, given[name]):
+            found.add(name)
+        else:
+            assert torch.equal(tensor, old[name]), name
+    return found
+
+
+def test_a_run_is_a_start_whole_or_in_part(run: Path, config: DiTRun) -> None:
+    path = checkpoint.find_last_good(run / "checkpoints")
+    assert path is not None
+    given = checkpoint.load_full(path, "ema")
+    module = make(config)
+    report = start_from(module, str(run), BLOCKS)
+    blocks = {name for name in given if name.startswith("dit.blocks.")}
+    assert taken(module, make(config), given) == blocks
+    assert f"{len(blocks)} of {len(given)} tensors" in report
+    assert "stays as it was: dit.head.bias\n" in report
+    assert "is not taken: dit.head.bias\n" in report
+    report = start_from(module, str(path))
+    assert taken(module, make(config), given) == set(given)
+    assert "\n" not in report
+
+
+def test_a_pipeline_of_diffusers_is_a_start(config: DiTRun, tmp_path: Path) -> None:
+    public = make(config).dit
+    shake(public)
+    dit_to_diffusers(public).save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text("{}")
+    module = make(config)
+    with pytest.raises(ValueError, match=r"init_names=\[\]:\n  text\.\S+ is missing"):
+        start_from(module, str(tmp_path))
+    start_from(module, str(tmp_path), ["dit.*"])
+    given = {f"dit.{name}": tensor for name, tensor in public.state_dict().items()}
+    assert taken(module, make(config), given) == set(given)
+
+
+def test_what_does_not_fit_is_listed_and_nothing_taken(run: Path, config: DiTRun) -> None:
+    module = make(config, depth=1, in_channels=6, out_channels=6)
+    with pytest.raises(ValueError) as caught:
+        start_from(module, str(run))
+    for line in (
+        "dit.blocks.1.self_attn.qkv.weight is unexpected",
+        "dit.patch_embed.weight is (24, 16), the config makes it (24, 24)",
+        "dit.head.bias is (16,), the config makes it (24,)",
+    ):
+        assert f"\n  {line}" in str(caught.value)
+    with pytest.raises(ValueError, match=r"blocks\.2\.modulation is missing") as caught:
+        start_from(make(config, depth=3), str(run), BLOCKS)
+    assert "patch_embed" not in str(caught.value)
+    same = make(config, depth=1, in_channels=6, out_channels=6)
+    assert all(map(torch.equal, module.state_dict().values(), same.state_dict().values()))
+
+
+def test_wrong_patterns_and_stages_are_refused(run: Path, config: DiTRun) -> None:
+    with pytest.raises(ValueError, match=r"init_names has dit\.block\.\*"):
+        start_from(make(config), str(run), ["dit.block.*"])
+    with pytest.raises(ValueError, match="stage=dit, this is stage=vae"):
+        start_from(VAE(VAEConfig(8, 4, (1, 2), (True,), 1)), str(run))
