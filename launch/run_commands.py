@@ -169,12 +169,18 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--vae-run", type=Path, help="VAE run (default: the one the run names)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument(
+        "--adapters", action="store_true", help="of a LoRA run: the adapters alone, unmerged"
+    )
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Write and verify a stock diffusers pipeline."""
-    from longtake.train.export import export_run
+    """Write and verify a stock diffusers pipeline, or write the adapters for one."""
+    from longtake.train.export import export_adapters, export_run
 
+    if args.adapters:
+        print(export_adapters(args.run, args.out, weights=args.weights))
+        return 0
     report = export_run(
         args.run, args.out, weights=args.weights, vae=args.vae_run, overwrite=args.overwrite
     )

@@ -217,6 +217,11 @@ def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
     return module.eval()
 
 
+def dit_layer_names(layer: str) -> list[str]:
+    """Their names of a linear layer of our DiT, in the order in which ours holds its rows."""
+    return [name.removesuffix(".weight") for name in _dit_names(f"{layer}.weight")]
+
+
 def _read_component(kind: Any, place: str, name: str) -> Any:
     """A module of a diffusers folder or hub id, in fp32.
 

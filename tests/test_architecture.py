@@ -29,6 +29,7 @@ DOORS = {
     "ftfy": ("models/text",),
     "hydra": ("train/main", "train/__main__", "launch/"),
     "matplotlib": ("train/report", "data/world/", "launch/stats_plot"),
+    "peft": ("train/lora",),
     "omegaconf": ("train/config", "train/main"),  # main: the type of what Hydra hands over
     "transformers": ("models/text", "train/export", "train/fidelity"),
     "wandb": ("train/tracking",),

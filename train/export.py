@@ -10,23 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.data.catalogue import load_catalogue
-from longtake.models.interop import dit_to_diffusers, vae_to_diffusers
+from longtake.models.interop import dit_layer_names, dit_to_diffusers, vae_to_diffusers
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
 from longtake.train.export_card import model_card
+from longtake.train.lora import split_adapters
 from longtake.train.run_folder import CONFIG, check_replaceable, written_whole
-from longtake.train.runs import LoadedDiT, load_dit
+from longtake.train.runs import LoadedDiT, find_run, load_dit, read_run_config, read_tensors
 from longtake.train.sample import Painter, noise_for, sampler_of
 from longtake.train.schema import DiTRun
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
 MULTIPLE = 16  # of height and width: what the stock pipeline insists on
 IMAGE_PATCH = (1, 2, 2)  # the TI2V form reads every second latent of its mask
 TOLERANCE = 1e-3  # of pixels in [0, 1]
@@ -78,6 +81,31 @@ def export_run(
         (scratch / "README.md").write_text(card, encoding="utf-8")
         worst = verify(scratch, run, codec)
     return ExportReport(out, worst, notes)
+
+
+def export_adapters(path: Path, out: Path, *, weights: str = "ema") -> Path:
+    """Write a LoRA run's adapters as `WanPipeline.load_lora_weights(out)` reads them.
+
+    Where one of our layers is several of theirs, each gets its rows of the adapter. ValueError for
+    a run without adapters, one that has no stock pipeline, and a file that exists.
+    """
+    place = find_run(path)
+    config = read_run_config(place)
+    if not isinstance(config, DiTRun) or config.lora is None:
+        raise ValueError(f"{path}: was not trained with lora: export it without --adapters")
+    check_exportable(config)
+    file = out / ADAPTER_FILE
+    if file.exists():
+        raise ValueError(f"{file}: exists; choose another folder")
+    tensors = {}
+    for name, adapter in split_adapters(read_tensors(place, weights), config.lora)[1].items():
+        layers = dit_layer_names(name.removeprefix("dit."))
+        for layer, up in zip(layers, adapter.up.chunk(len(layers)), strict=True):
+            tensors[f"transformer.{layer}.lora_A.weight"] = adapter.down.clone()
+            tensors[f"transformer.{layer}.lora_B.weight"] = up.contiguous()
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
 
 
 def check_exportable(config: DiTRun) -> None:

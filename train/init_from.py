@@ -62,10 +62,12 @@ def _weights_at(module: VAE | TextToVideo, place: str) -> dict[str, Tensor]:
         dit = dit_from_pretrained(place)
         return {f"dit.{name}": tensor for name, tensor in dit.state_dict().items()}
     run = find_run(Path(place))
-    found, stage = read_run_config(run).stage, "vae" if isinstance(module, VAE) else "dit"
-    if found != stage:
-        raise ValueError(f"init_from={place} is a run of stage={found}, this is stage={stage}")
-    return read_weights(run)
+    config, stage = read_run_config(run), "vae" if isinstance(module, VAE) else "dit"
+    if config.stage != stage:
+        raise ValueError(
+            f"init_from={place} is a run of stage={config.stage}, this is stage={stage}"
+        )
+    return read_weights(run, config)
 
 
 def is_diffusers(place: str) -> bool:

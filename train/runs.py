@@ -15,6 +15,7 @@ from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.train import checkpoint
 from longtake.train.config import parse_config
+from longtake.train.lora import merge_adapters
 from longtake.train.run_folder import CHECKPOINTS
 from longtake.train.schema import DiTRun, VAERun
 
@@ -83,12 +84,24 @@ def read_run_config(place: RunPlace) -> VAERun | DiTRun:
     return parse_config(json.loads(text))
 
 
-def read_weights(place: RunPlace, weights: str = "ema") -> dict[str, Tensor]:
-    """Every tensor of the checkpoint's EMA or raw weights by name; ValueError when damaged."""
+def read_tensors(place: RunPlace, weights: str = "ema") -> dict[str, Tensor]:
+    """The EMA or raw weights of a checkpoint as they are in it; ValueError when damaged."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"--weights {weights} must be one of {', '.join(WEIGHTS)}")
     try:
         return checkpoint.load_full(place.checkpoint, WEIGHTS[weights])
     except checkpoint.CheckpointError as error:
         raise ValueError(str(error)) from error
+
+
+def read_weights(
+    place: RunPlace, config: VAERun | DiTRun, weights: str = "ema"
+) -> dict[str, Tensor]:
+    """The EMA or raw weights of a plain model: adapters are merged. Errors as `read_tensors`."""
+    tensors = read_tensors(place, weights)
+    if isinstance(config, DiTRun) and config.lora is not None:
+        return merge_adapters(tensors, config.lora)
+    return tensors
 
 
 def load_run(
@@ -98,11 +111,9 @@ def load_run(
 
     ValueError for a place without a good checkpoint, or one that does not fit its own config.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"--weights {weights} must be one of {', '.join(WEIGHTS)}")
     place = find_run(path)
     config = read_run_config(place)
-    tensors = read_weights(place, weights)
+    tensors = read_weights(place, config, weights)
     if isinstance(config, VAERun):
         vae = _fill(VAE(config.vae), tensors, "", place, device)
         return LoadedVAE(place, config, weights, vae)

@@ -111,6 +111,20 @@ class DiTLossConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on linear layers of the DiT; with them nothing else is trained."""
+
+    rank: int
+    alpha: float  # the adapters' product counts alpha / rank
+    targets: list[str]  # patterns of the layers, such as "dit.blocks.*"
+
+    def __post_init__(self) -> None:
+        require(self.rank > 0, f"rank={self.rank} must be > 0")
+        require(self.alpha > 0, f"alpha={self.alpha} must be > 0")
+        require(bool(self.targets), 'targets is empty: name layers, such as ["dit.blocks.*"]')
+
+
+@dataclass(frozen=True)
 class PixelsConfig:
     """Mean and deviation of the pixels in [-1, 1], with which codec=identity normalises them."""
 
@@ -218,6 +232,7 @@ class DiTRun(RunConfig):
     loss: DiTLossConfig
     samples: SamplesConfig
     evaluation: EvaluationConfig
+    lora: LoraConfig | None = None  # null: full fine-tuning
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,3 +241,6 @@ class DiTRun(RunConfig):
         check_tasks(self.tasks)
         rate = self.caption_dropout
         require(0 <= rate < 1, f"caption_dropout={rate} must lie in [0, 1)")
+        if self.lora is not None:
+            require(self.init_from is not None, "lora needs init_from: weights to adapt")
+            require(not self.freeze, f"freeze={self.freeze} with lora: only adapters are trained")

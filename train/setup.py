@@ -33,6 +33,7 @@ from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
 from longtake.train.health import Quarantine, StopSignal
 from longtake.train.init_from import start_from
+from longtake.train.lora import add_adapters
 from longtake.train.metrics import WeightedMean
 from longtake.train.run_folder import (
     CHECKPOINTS,
@@ -166,6 +167,8 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks)
     started = _start(task, config, folder)
+    if isinstance(config, DiTRun) and config.lora is not None:
+        add_adapters(task.module, config.lora)
     engine = Engine(task.module, config.optim, config.engine, ranks)
     ema = Ema(engine, config.ema.decay)
     state = _resume(prepared, engine, ema, task.adversary, ranks)

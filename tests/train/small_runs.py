@@ -19,6 +19,7 @@ from longtake.train.config import to_tree, write_config
 from longtake.train.dit_task import TextToVideo
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, single_process
+from longtake.train.lora import add_adapters
 from longtake.train.run_folder import CHECKPOINTS, CONFIG, FINISHED, mark
 from longtake.train.schema import DiTRun, VAERun
 
@@ -77,6 +78,8 @@ def write_dit_run(folder: Path, latents: Path, *overrides: str) -> Path:
     assert isinstance(config, DiTRun)
     torch.manual_seed(1)
     module = TextToVideo(DiT(config.model), TextEncoder(config.text), config.text.max_length)
+    if config.lora is not None:
+        add_adapters(module, config.lora)
     shake(module)  # a fresh DiT predicts zero: every comparison would hold
     return save_run(folder, module, config)
 
