@@ -179,7 +179,7 @@ def run_export(args: argparse.Namespace) -> int:
     from longtake.train.export import export_adapters, export_run
 
     if args.adapters:
-        print(export_adapters(args.run, args.out, weights=args.weights))
+        print(export_adapters(args.run, args.out, weights=args.weights, overwrite=args.overwrite))
         return 0
     report = export_run(
         args.run, args.out, weights=args.weights, vae=args.vae_run, overwrite=args.overwrite

@@ -64,9 +64,7 @@ def export_run(
     ValueError with the reason for what a stock pipeline cannot do, for an OUT that exists, and
     when the verification fails.
     """
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out}: exists; choose another folder or give --overwrite")
-    check_replaceable(out, "model_index.json")
+    check_free(out, "model_index.json", overwrite)
     run = load_dit(path, weights)
     check_exportable(run.config)
     codec = load_codec(run.config, folder=run.place.folder, vae=vae)
@@ -83,29 +81,36 @@ def export_run(
     return ExportReport(out, worst, notes)
 
 
-def export_adapters(path: Path, out: Path, *, weights: str = "ema") -> Path:
-    """Write a LoRA run's adapters as `WanPipeline.load_lora_weights(out)` reads them.
+def export_adapters(
+    path: Path, out: Path, *, weights: str = "ema", overwrite: bool = False
+) -> Path:
+    """Write a LoRA run's adapters as `WanPipeline.load_lora_weights(OUT)` reads them.
 
     Where one of our layers is several of theirs, each gets its rows of the adapter. ValueError for
-    a run without adapters, one that has no stock pipeline, and a file that exists.
+    a run without adapters, one that has no stock pipeline, and an OUT that exists.
     """
+    check_free(out, ADAPTER_FILE, overwrite)
     place = find_run(path)
     config = read_run_config(place)
     if not isinstance(config, DiTRun) or config.lora is None:
         raise ValueError(f"{path}: was not trained with lora: export it without --adapters")
     check_exportable(config)
-    file = out / ADAPTER_FILE
-    if file.exists():
-        raise ValueError(f"{file}: exists; choose another folder")
     tensors = {}
     for name, adapter in split_adapters(read_tensors(place, weights), config.lora)[1].items():
         layers = dit_layer_names(name.removeprefix("dit."))
         for layer, up in zip(layers, adapter.up.chunk(len(layers)), strict=True):
             tensors[f"transformer.{layer}.lora_A.weight"] = adapter.down.clone()
             tensors[f"transformer.{layer}.lora_B.weight"] = up.contiguous()
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt"})
-    return file
+    with written_whole(out) as scratch:
+        save_file(tensors, scratch / ADAPTER_FILE, metadata={"format": "pt"})
+    return out / ADAPTER_FILE
+
+
+def check_free(out: Path, proof: str, overwrite: bool) -> None:
+    """ValueError unless OUT is not there, or is an older result that may be replaced."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out}: exists; choose another folder or give --overwrite")
+    check_replaceable(out, proof)
 
 
 def check_exportable(config: DiTRun) -> None:

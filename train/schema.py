@@ -195,11 +195,9 @@ class RunConfig:
     tracking: TrackingConfig
     validation: ValidationConfig
     export: ExportConfig
-    # Configs written before these keys existed do not have them.
-    init_from: str | None = (
-        None  # run, checkpoint, diffusers folder or hub id whose weights it takes
-    )
-    init_names: list[str] = field(default_factory=list)  # patterns of those; empty: all
+    # Defaults for configs that were written before these keys existed.
+    init_from: str | None = None  # run, checkpoint, diffusers folder or hub id to start from
+    init_names: list[str] = field(default_factory=list)  # patterns of what is taken; empty: all
     freeze: list[str] = field(default_factory=list)  # patterns of what stays as it is, "encoder.*"
 
     def __post_init__(self) -> None:

@@ -166,12 +166,13 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     config, folder, plan = prepared.config, prepared.folder, prepared.plan
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks)
-    started = _start(task, config, folder)
+    last = checkpoint.find_last_good(folder / CHECKPOINTS, ranks)
+    started = _start(task, config) if last is None else []
     if isinstance(config, DiTRun) and config.lora is not None:
         add_adapters(task.module, config.lora)
     engine = Engine(task.module, config.optim, config.engine, ranks)
     ema = Ema(engine, config.ema.decay)
-    state = _resume(prepared, engine, ema, task.adversary, ranks)
+    state = FRESH if last is None else _resume(prepared, last, engine, ema, task.adversary)
     log = folder / QUARANTINE if ranks.is_main else None
     quarantine = Quarantine(log, config.data.max_bad_fraction, plan.num_samples)
     written = Quarantine.read_rows(folder / QUARANTINE) if ranks.is_main else None
@@ -254,20 +255,17 @@ def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> VAETask 
     return DiTTask(config, ranks.device, codec)
 
 
-def _start(task: VAETask | DiTTask, config: VAERun | DiTRun, folder: Path) -> list[str]:
-    """Weights of init_from where no checkpoint will replace them; what is to be said of it."""
-    if config.init_from is None or checkpoint.list_steps(folder / CHECKPOINTS):
+def _start(task: VAETask | DiTTask, config: VAERun | DiTRun) -> list[str]:
+    """Weights of init_from, if any; what is to be said of it."""
+    if config.init_from is None:
         return []
     return [start_from(task.module, config.init_from, config.init_names)]
 
 
 def _resume(
-    prepared: Prepared, engine: Engine, ema: Ema, adversary: Opponent | None, ranks: Ranks
+    prepared: Prepared, path: Path, engine: Engine, ema: Ema, adversary: Opponent | None
 ) -> dict[str, Any]:
-    """State of the last good checkpoint, its tensors now in engine and EMA; FRESH without one."""
-    path = checkpoint.find_last_good(prepared.folder / CHECKPOINTS, ranks)
-    if path is None:
-        return FRESH
+    """State of a good checkpoint, its tensors now in engine and EMA."""
     state = checkpoint.load_into(path, engine, ema, adversary)
     steps = prepared.config.train.steps
     step = state["step"]

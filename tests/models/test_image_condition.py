@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 
 from longtake.models.image_condition import image_condition
 from longtake.models.interop import vae_to_diffusers
