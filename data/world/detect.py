@@ -21,9 +21,11 @@ MIN_COVERAGE = 0.45
 SOFT = 0.9  # of the palette's chroma: below it a colour counts as painted softly
 WHOLE = 0.8  # of its greatest area: less of a thing may be hidden, merged or between two colours
 WINDOW = 2  # frames that together tell a shape
+CLEARLY = 0.9  # of a shape's misfit: the most that one which fits clearly better has
 MIN_AREA = 0.0106  # of the shorter side squared: a fifth of the smallest entity
-_IN_FRAME = np.zeros((3, 3, 3), bool)
-_IN_FRAME[1] = True
+IN_FRAME = np.zeros((3, 3, 3), bool)
+IN_FRAME[1] = True
+"""Of what is connected to what: neighbours, also across a corner, in the same frame."""
 
 
 def _chroma(rgb: np.ndarray) -> np.ndarray:
@@ -84,6 +86,7 @@ class Detection:
         self.side = min(self.height, self.width)
         # one plane after the other: NumPy is slow at a short last axis
         chroma = np.ascontiguousarray(_chroma(frames.astype(np.float32)).reshape(-1, 2).T)
+        self.chroma = chroma.reshape(2, *frames.shape[:3])  # grey is the origin, hue the angle
         along = _PALETTE_UNIT @ chroma  # (6, T · H · W)
         label, best = np.zeros(along.shape[1], np.int64), along[0]
         for index in range(1, len(COLOURS)):
@@ -138,7 +141,7 @@ class Detection:
         thick = mask[:, :-1, :-1] & mask[:, 1:, :-1] & mask[:, :-1, 1:] & mask[:, 1:, 1:]
         if not thick.any():
             return frames
-        labels, number = ndimage.label(mask, _IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
+        labels, number = ndimage.label(mask, IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
         has_core = np.zeros(number + 1, bool)
         has_core[labels[:, :-1, :-1][thick]] = True
         edge = ndimage.maximum_filter(labels, size=(1, 3, 3)) * (self.cover > 0.1)
@@ -176,14 +179,21 @@ class Detection:
 
     def shapes_of(self, track: Track, *, varies: bool = False) -> set[str]:
         """The shapes that a track has in frames (some on end) in which it is whole: one blob, if it
-        ever is, and about as large as ever, unless it `varies`."""
+        ever is, and about as large as ever, unless it `varies`.
+
+        Some frames have another shape than most where that fits them clearly better.
+        """
         is_one = track.blobs == 1
         area = track.area * is_one if is_one.any() else track.area
         at = np.nonzero(area > (0.0 if varies else WHOLE) * area.max())[0]
         names, size = shapes_at(self.side), min(WINDOW, len(at))
-        errors = self.misfit(track, names, at).cumsum(1)  # (K, n)
+        errors = self.misfit(track, names, at)
+        most = int(errors.sum(1).argmin())
+        errors = errors.cumsum(1)  # (K, n)
         errors[:, size:] -= errors[:, :-size].copy()
-        return {names[best] for best in errors[:, size - 1 :].argmin(0)}
+        errors = errors[:, size - 1 :]
+        is_other = errors.min(0) < CLEARLY * errors[most]
+        return {names[most], *(names[best] for best in errors.argmin(0)[is_other])}
 
     def shape_of(self, track: Track) -> str:
         """The shape whose ideal picture at the track's place and area overlaps it best."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
-from longtake.data.world.detect import Detection
+from longtake.data.world.detect import IN_FRAME, Detection
 from longtake.data.world.families.registry import (
     STATIC,
     Ask,
@@ -50,6 +50,7 @@ OWN = {
 DARK, OOD_DARK = 0.62, 0.52  # brightness of a dark thing, where a bright one has 1
 MIN_CHANGE = float(np.log(1.18))  # of size or brightness, to count as one
 MAX_CHANGE = float(np.log(1.2))  # of what must stay as it is
+FAINT, SOLID = 0.4, 0.8  # of a frame's greatest chroma: what is part of the thing, and wholly so
 
 
 def _looks_chance(canvas: Canvas) -> float:
@@ -141,24 +142,31 @@ class _Looks:
 
     x: np.ndarray  # (T,)
     y: np.ndarray
-    radius: np.ndarray  # px, as if fully saturated
+    radius: np.ndarray  # px
     brightness: np.ndarray  # 0 to 255
     label: np.ndarray  # index of the colour
 
 
 def _looks(seen: Detection) -> _Looks:
-    faint = seen.cover > 0.3
-    near = ndimage.binary_dilation(faint, np.ones((1, 3, 3)))
-    cover = np.where(near & (seen.cover > 0.1), seen.cover, 0.0)
-    most = cover.max((1, 2), keepdims=True)
-    solid = faint & (cover > 0.8 * most)
+    """What each frame shows is measured by its own hue, as it may be none of the palette's on the
+    way; chroma along that hue is coverage, and noise in it cancels out."""
+    strength = np.hypot(*seen.chroma)
+    most = strength.max((1, 2), keepdims=True)
+    patches, _ = ndimage.label(strength > FAINT * most, IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
+    sizes = np.bincount(patches.ravel())
+    sizes[0] = 0
+    size = sizes[patches]
+    thing = (size > 0) & (size == size.max((1, 2), keepdims=True))
+    solid = thing & (strength > SOLID * most)
     with np.errstate(invalid="ignore", divide="ignore"):
-        number, total = solid.sum((1, 2)), cover.sum((1, 2))
-        depth = (cover * solid).sum((1, 2)) / number
+        hue = (seen.chroma * solid).sum((2, 3)) / solid.sum((1, 2))  # (2, T)
+        cover = np.einsum("ct,cthw->thw", hue / (hue * hue).sum(0), seen.chroma)
+        cover *= ndimage.maximum_filter(thing, size=(1, 3, 3))
+        total = cover.sum((1, 2))
         x = cover.sum(1) @ np.arange(seen.width) / total
         y = cover.sum(2) @ np.arange(seen.height) / total
-        radius = np.sqrt(total / depth / np.pi)
-        brightness = (seen.frames.max(-1) * solid).sum((1, 2)) / number
+        radius = np.sqrt(total / np.pi)
+        brightness = (seen.frames.max(-1) * solid).sum((1, 2)) / solid.sum((1, 2))
     numbers = [(solid & (seen.label == index)).sum((1, 2)) for index in range(len(COLOURS))]
     return _Looks(x, y, radius, brightness, np.argmax(numbers, axis=0))
 

@@ -84,7 +84,8 @@ def points(tip: np.ndarray, direction: str) -> np.ndarray:
 @scorer
 def heading(seen: Detection, first: str, then: str = "") -> float:
     """The largest entity is pointed, moves in the asked direction, or first in one and then in
-    another, and its tip is in front in nine frames of ten (either way in those about the turn)."""
+    another, and its tip is in front in all frames but one, or one in ten (either way in those about
+    the turn)."""
     track = whole_subject(seen)
     if track is None:
         return 0.0
@@ -107,7 +108,7 @@ def heading(seen: Detection, first: str, then: str = "") -> float:
     in_front = points(tip, first) & (times < turn + 1)
     if then:
         in_front |= points(tip, then) & (times > turn - 1)
-    return in_front.mean() >= 0.9
+    return (~in_front).sum() <= max(1, 0.1 * seen.num_frames)
 
 
 LOOKS = (
