@@ -11,10 +11,13 @@ COLOURED = (
 DARK = 85  # of 255, in the brightest channel: no ground, but an occluder, a wall or a mark
 GAIN = (0.8, 1.25)  # of contrast between two frames in other light
 LIGHT = 0.12  # by which the mean may differ: flicker is no other place
-OTHER = 0.3, 0.2  # of the texture's variance that light does not explain, in frames and in means
-NOISE = 72.0, 48.0  # grey levels² over the pixels of a block: what noise of σ = 8 may add
+OTHER = 0.3  # of the texture's variance that light does not explain: another place
+MOVED = 0.05  # of it by which groups of frames may differ
+NOISE = 8**2 / 3  # variance of a grey pixel, levels²: what noise of σ = 8 in each channel adds
+SURE = 4.0  # standard deviations that chance must not reach
 MIN_BLOCKS = 4
 GROUPS = 4  # of frames, whose means are compared
+ROUNDS = 4  # of a fit of pictures and levels in turns, which converges fast
 
 
 class Ground:
@@ -25,45 +28,76 @@ class Ground:
         self._frames, self._cover = frames, cover
 
     def _pooled(self, values: np.ndarray) -> np.ndarray:
-        """Means (T, h, w) over blocks; what is left of the last rows and columns does not count."""
+        """Sums (T, h·w) over blocks; what is left of the last rows and columns does not count."""
         height, width = (size // self.block for size in values.shape[1:])
         cut = values[:, : height * self.block, : width * self.block]
-        return cut.reshape(-1, height, self.block, width, self.block).mean((2, 4), np.float32)
+        blocks = cut.reshape(-1, height, self.block, width, self.block)
+        return blocks.sum((2, 4), dtype=np.float32).reshape(len(values), -1)
+
+    @cached_property
+    def _clean(self) -> np.ndarray:
+        """Pixels (T, H, W) that nothing hides."""
+        hidden = (self._cover > COLOURED) | (self._frames.max(-1) < DARK)
+        return ~ndimage.maximum_filter(hidden, size=(1, 3, 3))
+
+    @cached_property
+    def number(self) -> np.ndarray:
+        """Clean pixels of every block (T, h·w), 0 where they are less than half."""
+        number = self._pooled(self._clean)
+        return number * (2 * number >= self.block**2)
 
     @cached_property
     def grey(self) -> np.ndarray:
-        """Grey levels (T, h·w)."""
-        return self._pooled(self._frames.mean(-1, dtype=np.float32)).reshape(len(self._frames), -1)
-
-    @cached_property
-    def clean(self) -> np.ndarray:
-        """Where no part of a block is hidden, (T, h·w) bool."""
-        hidden = (self._cover > COLOURED) | (self._frames.max(-1) < DARK)
-        hidden = ndimage.maximum_filter(hidden, size=(1, 3, 3))
-        return (self._pooled(hidden) == 0).reshape(len(self._frames), -1)
+        """Grey levels (T, h·w) of the clean pixels."""
+        grey = self._frames.mean(-1, dtype=np.float32)
+        return self._pooled(grey * self._clean) / np.maximum(self.number, 1)
 
     def changes(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """Whether frames `after` (n,) show another ground than frames `before` (n,)."""
-        return _differs(
-            (self.grey[before], self.grey[after]),
-            self.clean[before] & self.clean[after],
-            OTHER[0],
-            NOISE[0] / self.block**2,
-        )
+        """Whether frames `after` (n,) show another ground than frames `before` (n,).
+
+        They are fitted by a multiple of the other plus a constant, as far as light may change.
+        """
+        numbers = self.number[before], self.number[after]
+        # weight of a difference of two means, so that weight x its variance is a pixel's
+        weight = numbers[0] * numbers[1] / np.maximum(numbers[0] + numbers[1], 1)
+        old_level, old, old_var = _spread(self.grey[before], weight)
+        new_level, new, new_var = _spread(self.grey[after], weight)
+        total = np.maximum(weight.sum(1), 1e-6)
+        gain = np.clip((old * new * weight).sum(1) / total / np.maximum(old_var, 1e-6), *GAIN)
+        rest = ((new - gain[:, None] * old) ** 2 * weight).sum(1)
+        blocks = (weight > 0).sum(1)
+        is_other = rest > OTHER * np.minimum(old_var, new_var) * total + _noise(blocks, NOISE)
+        is_other |= abs(new_level - old_level) > LIGHT * old_level
+        return is_other & (blocks >= MIN_BLOCKS)
 
     @property
     def is_static(self) -> bool:
-        """Whether all frames show the ground of the first; means over some see through noise."""
+        """Whether all frames show the ground of the first, and do not drift away from it."""
         times = np.arange(len(self.grey))
-        if self.changes(np.zeros_like(times), times).any():
-            return False
-        groups = np.array_split(times, min(GROUPS, len(times)))
-        number = np.array([self.clean[at].sum(0) for at in groups])  # (groups, h·w)
-        total = np.array([(self.grey[at] * self.clean[at]).sum(0) for at in groups])
-        grey, size = total / np.maximum(number, 1), len(times) / len(groups)
-        both = (number > 0.5 * size) & (number[0] > 0.5 * size)
-        noise = NOISE[1] / self.block**2 / size
-        return not _differs((grey[:1], grey), both, OTHER[1], noise).any()
+        return not (self.changes(np.zeros_like(times), times).any() or self._drifts)
+
+    @property
+    def _drifts(self) -> bool:
+        """Whether means over groups of frames differ by more than what differs within them.
+
+        Analysis of variance of what one picture, lit in each frame as it may be, does not explain.
+        """
+        number, level = self.number, np.zeros((len(self.grey), 1), np.float32)
+        for _ in range(ROUNDS):
+            seen = np.maximum(number.sum(0), 1)
+            picture = ((self.grey - level) * number).sum(0) / seen  # (h·w,)
+            level = _mean(self.grey - picture, number)[:, None]
+        rest = self.grey - picture - level
+        groups = np.array_split(np.arange(len(rest)), min(GROUPS, len(rest)))
+        numbers = np.array([number[at].sum(0) for at in groups])  # (groups, h·w)
+        sums = np.array([(rest[at] * number[at]).sum(0) for at in groups])
+        between = (sums * sums / np.maximum(numbers, 1)).sum()
+        within = (rest * rest * number).sum() - between
+        free = (number > 0).sum() - (numbers > 0).sum() - len(rest) + len(groups)
+        free_between = (numbers > 0).sum() - (seen > 1).sum() - len(groups) + 1
+        noise = _noise(free_between, within / max(free, 1))
+        (variance,) = _spread(picture[None], number.sum(0)[None])[2]
+        return between > MOVED * variance * number.sum() + noise
 
     @cached_property
     def cuts(self) -> list[int]:
@@ -72,19 +106,18 @@ class Ground:
         return (np.nonzero(self.changes(times[:-1], times[1:]))[0] + 1).tolist()
 
 
-def _differs(
-    grey: tuple[np.ndarray, np.ndarray], mask: np.ndarray, other: float, noise: float
-) -> np.ndarray:
-    """Whether the second of two pictures (n, h·w) is another than the first, seen at `mask`.
+def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Of each row of (n, m), (n,)."""
+    return (values * weight).sum(1) / np.maximum(weight.sum(1), 1e-6)
 
-    It is fitted by a multiple of the first plus a constant, as far as light may change.
-    """
-    number = np.maximum(mask.sum(1), 1)
-    old_mean, new_mean = ((g * mask).sum(1) / number for g in grey)
-    old, new = (grey[0] - old_mean[:, None]) * mask, (grey[1] - new_mean[:, None]) * mask
-    old_var, new_var = (old * old).sum(1) / number, (new * new).sum(1) / number
-    gain = np.clip((old * new).sum(1) / number / np.maximum(old_var, 1e-6), *GAIN)
-    rest = ((new - gain[:, None] * old) ** 2).sum(1) / number
-    is_other = rest > other * np.minimum(old_var, new_var) + noise
-    is_other |= abs(new_mean - old_mean) > LIGHT * old_mean
-    return is_other & (mask.sum(1) >= MIN_BLOCKS)
+
+def _spread(values: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean (n,) of each row of (n, m), what differs from it, and the variance (n,)."""
+    mean = _mean(values, weight)
+    off = values - mean[:, None]
+    return mean, off, _mean(off * off, weight)
+
+
+def _noise(free: np.ndarray, variance: float) -> np.ndarray:
+    """What so many squares (n,) of noise of a variance sum to at most: chi-square, as a normal."""
+    return variance * (free + SURE * np.sqrt(2 * np.maximum(free, 0)))
