@@ -18,7 +18,7 @@ from longtake.data.config import BucketConfig
 from longtake.data.randomness import derive_seed
 from longtake.data.world import FAMILIES, Shapes, WorldClip, make_clip, make_pair, score_frames
 from longtake.data.world.clips import check_request
-from longtake.data.world.given import APPEARANCE, appearance_at_end, score_given
+from longtake.data.world.given import appearance, appearance_at_end, score_given
 from longtake.data.world.language import ASKING
 from longtake.train.card import DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
@@ -212,8 +212,9 @@ def score(
     `pair_flip` where there is a twin; of a longer video only whether it drifts."""
     clip = item.clip
     expect = clip.reading(kind).expect
-    kept = appearance_at_end(videos[0], expect, item.window) if item.window else None
-    drift = {} if kept is None else {f"{DRIFT}{item.factor}x": kept}
+    drift = {}
+    if item.window and (asked := appearance(clip.family, expect)):
+        drift[f"{DRIFT}{item.factor}x"] = appearance_at_end(videos[0], asked, item.window)
     if item.factor > 1:
         return drift
     first = score_frames(videos[0], expect)
@@ -246,8 +247,7 @@ def levels(
     """
     clip = item.clip
     known = clip.reading(kind).levels(clip.description.canvas)
-    of = [known[name] for name in APPEARANCE if name in known]
-    if of:
+    if of := list(appearance(clip.family, known).values()):
         known[f"{DRIFT}{item.factor}x"] = tuple(np.mean(of, axis=0).tolist())
     if given:
         still = clip.frames[[*given, *[given[-1]] * (len(clip.frames) - len(given))]]

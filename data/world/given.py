@@ -4,17 +4,20 @@ They compare with the true clip, so they hold for clips of any family.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from longtake.data.world.detect import Detection
+from longtake.data.world.families import FAMILIES
 from longtake.data.world.scorers import score_frames
 
 KEPT_PSNR = 22.0  # dB; noise of 8/255 leaves 30, the frame of another clip less than 20
 TOLERANCE = 3 / 16  # of the shorter side: 3 px at 16
-APPEARANCE = ("colour", "shape", "size", "count", "count_constancy")
-"""Scores that hold for any stretch of a clip, and so tell whether a long one drifts."""
+APPEARANCE = ("colour", "shape", "size", "looks", "consistency", "count", "count_constancy")
+"""Scores that hold for any stretch of a clip, but for those that a family's events undo."""
+
+Value = TypeVar("Value")
 
 
 def given_kept(drawn: np.ndarray, truth: np.ndarray, given: Sequence[int]) -> float:
@@ -64,14 +67,17 @@ def score_given(drawn: np.ndarray, truth: np.ndarray, given: Sequence[int]) -> d
     return scores
 
 
+def appearance(family: str, known: Mapping[str, Value]) -> dict[str, Value]:
+    """Of what is known by score, that of the scores which tell whether a long clip drifts."""
+    undone = FAMILIES[family].undone
+    return {name: known[name] for name in APPEARANCE if name in known and name not in undone}
+
+
 def appearance_at_end(
-    frames: np.ndarray, expect: Mapping[str, Mapping[str, Any]], window: int
-) -> float | None:
-    """Mean of the appearance scores over the last `window` frames; None where none is asked for.
+    frames: np.ndarray, asked: Mapping[str, Mapping[str, Any]], window: int
+) -> float:
+    """Mean of the `appearance` scores that are asked for over the last `window` frames.
 
     Drift: a video longer than those of the training must still show what was asked for at its end.
     """
-    asked = {name: expect[name] for name in APPEARANCE if name in expect}
-    if not asked:
-        return None
     return float(np.mean(list(score_frames(frames[-window:], asked).values())))

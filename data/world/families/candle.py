@@ -155,6 +155,7 @@ register(
         draw=draw,
         build=build,
         nudge=delayed,
+        undone=("colour",),  # the flame's, once it is out
         faults={
             "colour": (recoloured, missing),
             "direction": (mirrored, at_rest),

@@ -176,7 +176,8 @@ class Family:
     `draw` returns the name of a form and a value for each of its slots. `build` makes the scene
     from them; what the words leave open comes from its generator, so a change of one word leaves
     the rest of a scene as it was. `faults` are the planted faults of every score. `nudge` moves an
-    effect by some frames against its cause, where there is one.
+    effect by some frames against its cause, where there is one. `undone` are scores of how things
+    look that no longer hold after an event of the scene.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Family:
     min_frames: int = 5
     min_side: int = 16
     nudge: Callable[[Scene, float], Scene] | None = None
+    undone: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {}

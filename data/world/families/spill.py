@@ -327,6 +327,7 @@ register(
         build=build,
         min_frames=8,  # three states, each to survive a shift by a frame
         nudge=delayed,
+        undone=("looks",),  # the vessel's, once it is in pieces
         faults={
             "colour": (recoloured,),
             "looks": (reshaped,),
