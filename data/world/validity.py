@@ -13,8 +13,9 @@ from longtake.data.decode import decode_clip, encode_video
 from longtake.data.world.clips import WorldClip, make_clip
 from longtake.data.world.detect import Detection
 from longtake.data.world.families import FAMILIES
+from longtake.data.world.families.registry import Fault
 from longtake.data.world.render import render
-from longtake.data.world.scorers import score_clip
+from longtake.data.world.scorers import score_clip, score_frames
 from longtake.data.world.write import CRF
 
 NOISE = 8.0  # standard deviation, of 255
@@ -92,7 +93,7 @@ def measure(
                 means[kind, score].append(value)
     scores = sorted({score for kind, score in means if kind == "truth"})
     kinds = sorted({kind for kind, _ in means} - {"truth", "shuffled", "chance", "blind"})
-    faults = {score: _fault_scores(family, score, clips) for score in scores}
+    faults = _fault_scores(family, clips)
 
     def mean(kind: str, score: str) -> float:
         return float(np.mean(means[kind, score]))
@@ -130,13 +131,29 @@ def unmoved(clip: WorldClip, rng: np.random.Generator) -> Iterator[tuple[str, np
             yield name, render(nudge(clip.scene, by)).frames
 
 
-def _fault_scores(family: str, score: str, clips: list[WorldClip]) -> dict[str, float]:
-    """Mean score of each planted fault over the clips that ask for the score and have room."""
-    found = {}
-    for fault in FAMILIES[family].faults.get(score, ()):
-        drawn = [(fault(clip), clip.truth) for clip in clips if score in clip.truth["expect"]]
-        rows = [score_clip(f, truth)[score] for f, truth in drawn if f is not None]
-        if 4 * len(rows) < len(drawn):
-            raise RuntimeError(f"{family}: fault {fault.__name__} fits {len(rows)} of {len(drawn)}")
-        found[fault.__name__] = float(np.mean(rows))
+def _fault_scores(family: str, clips: list[WorldClip]) -> dict[str, dict[str, float]]:
+    """Of every score the mean under each of its planted faults, over the clips that ask for the
+    score and have room for the fault. What is drawn once is scored for all that it must break."""
+    faults = FAMILIES[family].faults
+    broken: defaultdict[Fault, list[str]] = defaultdict(list)
+    for score, planted in faults.items():
+        for fault in planted:
+            broken[fault].append(score)
+    asking = {score: sum(score in clip.truth["expect"] for clip in clips) for score in faults}
+    found: dict[str, dict[str, float]] = {score: {} for score in faults}
+    for fault, scores in broken.items():
+        rows: defaultdict[str, list[float]] = defaultdict(list)
+        for clip in clips:
+            expect = {s: clip.truth["expect"][s] for s in scores if s in clip.truth["expect"]}
+            frames = fault(clip) if expect else None
+            for score, value in score_frames(frames, expect).items() if frames is not None else ():
+                rows[score].append(value)
+        for score in scores:
+            if 4 * len(rows[score]) < asking[score]:
+                raise RuntimeError(
+                    f"{family}: fault {fault.__name__} of {score} fits {len(rows[score])} of "
+                    f"{asking[score]} clips: give it room or let it go"
+                )
+            if rows[score]:
+                found[score][fault.__name__] = float(np.mean(rows[score]))
     return found

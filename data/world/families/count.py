@@ -29,7 +29,6 @@ from longtake.data.world.faults import (
     missing,
     recoloured_midway,
     redrawn,
-    split_in_two,
     with_changes,
 )
 from longtake.data.world.language import (
@@ -307,7 +306,7 @@ register(
         min_frames=1,
         faults={
             "colour": (miscoloured,),
-            "count": (missing, split, split_in_two),
+            "count": (missing, split),
             "count_constancy": (blinking, half_gone, changed_midway, split_midway),
             **CONSTANCY_FAULTS,
             **STATIC_FAULTS,
