@@ -101,10 +101,8 @@ def test_how_things_look_lasts_unless_the_clip_drifts(family: str) -> None:
         if not asked:
             continue
         assert appearance_at_end(clip.frames, asked, 17) == 1
-        drifting = np.concatenate(
-            [clip.frames[:16], recoloured(clip)[16:28], flickering(clip)[28:]]
-        )
-        assert appearance_at_end(drifting, asked, 17) < 1
+        parts = clip.frames[:16], recoloured(clip)[16:28], flickering(clip)[28:]
+        assert appearance_at_end(np.concatenate(parts), asked, 17) < 1
 
 
 def test_nothing_to_be_seen_scores_nothing() -> None:

@@ -29,6 +29,7 @@ from longtake.data.world.families.registry import (
 from longtake.data.world.faults import (
     STATIC_FAULTS,
     at_rest,
+    flickering,
     half_gone,
     recoloured,
     redrawn,
@@ -49,7 +50,7 @@ from longtake.data.world.scene import (
     Segment,
     positions,
 )
-from longtake.data.world.scorers import scorer
+from longtake.data.world.scorers import SAME_AREA, scorer
 
 if TYPE_CHECKING:
     from longtake.data.world.clips import WorldClip
@@ -208,9 +209,11 @@ def spill(seen: Detection, cup: str, liquid: str = "", cushion: str = "") -> flo
 def _falls(seen: Detection, cup: Track, until: int, to: float) -> bool:
     """From rest straight down in the frames before `until`, by a visible way, to the height `to`.
 
-    At the acceleration that it shows it would get there within two frames.
+    It keeps its size, and at the acceleration that it shows it would get there within two frames.
     """
     x, y = cup.x[:until], cup.y[:until]
+    if np.ptp(np.log(cup.area[:until])) > SAME_AREA:
+        return False
     down = (np.diff(y) > -0.03 * seen.side).all() and (abs(x - x[0]) < STRAIGHT * seen.side).all()
     shown = y[-1] - y[0]
     if not down or to - y[0] < DROP * seen.side or shown < 0.03 * seen.side:
@@ -342,6 +345,7 @@ register(
                 _in_two_when_whole,
                 at_rest,
                 reversed_in_time,
+                flickering,
             ),
         },
     )
