@@ -1,15 +1,16 @@
 """Cached latents and text: ordinary shards whose payload is key.safetensors.
 
 A sample holds "latents", the raw posterior mean (C, T, H, W) in bf16, and "text.<kind>" for each
-caption kind: token ids int32 (L,) or embeddings bf16 (L, D). latents.json, written last, says which
-VAE made them and how to normalise them.
+caption kind: token ids int32 (L,) or embeddings bf16 (L, D); by choice "logvar" as well, and
+"segment.<name>" with "places.<name>" for pieces encoded alone. latents.json, written last, says
+which VAE made them and how to normalise them.
 """
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from longtake.data.catalogue import Catalogue, build_catalogue
 from longtake.data.samples import LATENT_EXTENSION, SampleError, parse_meta
+from longtake.data.segments import Segment
 from longtake.data.shards import ShardWriter
 from longtake.data.shards.storage import join, parse_root, read_file
 
@@ -40,7 +41,11 @@ class TextCache:
 
 @dataclass(frozen=True)
 class LatentManifest:
-    """How a folder of latents was made. `mean` and `std` per channel; strides (T, H, W)."""
+    """How a folder of latents was made. `mean` and `std` per channel; strides (T, H, W).
+
+    Every clip of more than one frame has the `segments`. `versions` names programs, and as
+    "vae_run" the way from the folder to the run of the VAE.
+    """
 
     vae_hash: str
     z_dim: int
@@ -48,7 +53,10 @@ class LatentManifest:
     std: list[float]
     strides: tuple[int, int, int]
     text: TextCache
-    num_samples: int
+    num_samples: int = 0
+    segments: tuple[str, ...] = ()
+    logvar: bool = False
+    variants: int = 1
     versions: dict[str, str] = field(default_factory=dict)
 
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -60,10 +68,13 @@ class LatentManifest:
 
 @dataclass(frozen=True)
 class LatentSample:
-    """`latents` float32 (C, T, H, W), raw; `text` by caption kind."""
+    """`latents` (C, T, H, W), raw, as are `logvar` and `segments`; `text` by caption kind: token
+    ids (L,) or embeddings (L, D)."""
 
     latents: Tensor
     text: dict[str, Tensor]
+    logvar: Tensor | None = None
+    segments: dict[str, Segment] = field(default_factory=dict)
 
 
 class ChannelStats:
@@ -95,88 +106,29 @@ class ChannelStats:
 
 
 class LatentWriter:
-    """Writes encoded samples into shards; closing writes latents.json and the catalogue.
+    """Writes encoded samples into one tar, which gets its name when it is whole.
 
-    Statistics for normalisation are gathered while writing, unless `mean` and `std` are given.
+    What else a folder of latents needs, `write_manifest` and the catalogue, comes after its tars.
     """
 
-    def __init__(
-        self,
-        out: Path | str,
-        *,
-        vae_hash: str,
-        z_dim: int,
-        strides: tuple[int, int, int],
-        text: TextCache,
-        empty_text: Tensor | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        dataset: str | None = None,
-        max_samples: int = 500,
-        max_bytes: int = 2**28,
-    ) -> None:
-        """`empty_text` is the encoding of "" for caption dropout, needed with embeddings."""
-        if text.kind not in TEXT_CACHES:
-            raise ValueError(f"text.kind={text.kind!r} must be one of {', '.join(TEXT_CACHES)}")
-        if text.kind == "embeddings" and empty_text is None:
-            raise ValueError('text.kind=embeddings needs empty_text, the encoding of ""')
-        self.out = Path(out)
-        if self.out.exists() and any(self.out.iterdir()):
-            raise ValueError(f"{self.out}: is not empty; latents go to a folder of their own")
-        self._vae_hash, self._z_dim, self._strides = vae_hash, z_dim, strides
-        self._text, self._empty_text = text, empty_text
-        self._mean, self._std, self._dataset = mean, std, dataset
-        self._shards = ShardWriter(self.out, max_samples=max_samples, max_bytes=max_bytes)
-        self._stats = ChannelStats(z_dim)
-        self._num_samples = 0
+    def __init__(self, path: Path, manifest: LatentManifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.num_samples = 0
+        self._scratch = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._shard = ShardWriter(self._scratch, max_samples=2**62, max_bytes=2**62)
 
-    def write(
-        self, key: str, latents: Tensor, text: Mapping[str, Tensor], meta: Mapping[str, Any]
-    ) -> None:
-        """Add a sample. `meta` becomes key.json: captions and the clip's pixel frames, height,
-        width and fps are required; split, family, truth, source_id and variant are passed on.
-        Captions whose kind is not in `text` are left out, so that no plan can ask for them.
+    def write(self, key: str, sample: LatentSample, meta: Mapping[str, Any]) -> None:
+        """Add a sample; its members and errors as of `latent_members`."""
+        self._shard.write(key, latent_members(self.manifest, sample, meta))
+        self.num_samples += 1
 
-        Raises:
-            ValueError: a shape that is not (z_dim, T, H, W), or meta that is incomplete.
-        """
-        if latents.ndim != 4 or latents.shape[0] != self._z_dim:
-            raise ValueError(
-                f"{key}: latents {tuple(latents.shape)} must be ({self._z_dim}, T, H, W)"
-            )
-        captions = {k: caption for k, caption in meta["captions"].items() if k in text}
-        encoded = json.dumps({**meta, "captions": captions}).encode()
-        parsed = parse_meta("json", encoded)
-        for name in ("frames", "height", "width", "fps"):
-            parsed.number(name)
-        stored = latents.detach().to("cpu", torch.bfloat16).contiguous()
-        self._stats.update(stored)
-        dtype = torch.int32 if self._text.kind == "tokens" else torch.bfloat16
-        tensors = {"latents": stored}
-        for kind, tensor in text.items():
-            tensors[f"text.{kind}"] = tensor.detach().to("cpu", dtype).contiguous()
-        self._shards.write(key, {LATENT_EXTENSION: save(tensors), "json": encoded})
-        self._num_samples += 1
-
-    def close(self) -> Catalogue:
-        """Finish the shards, then write latents.json and the catalogue."""
-        self._shards.close()
-        manifest = LatentManifest(
-            vae_hash=self._vae_hash,
-            z_dim=self._z_dim,
-            mean=self._mean or self._stats.mean,
-            std=self._std or self._stats.std,
-            strides=self._strides,
-            text=self._text,
-            num_samples=self._num_samples,
-            versions={"torch": torch.__version__, "longtake": version("longtake")},
-        )
-        if self._empty_text is not None:
-            (self.out / EMPTY_TEXT).write_bytes(save({"text": self._empty_text.contiguous()}))
-        temporary = self.out / f"{MANIFEST}.tmp"
-        temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
-        os.replace(temporary, self.out / MANIFEST)
-        return build_catalogue(self.out, dataset=self._dataset, progress=False)
+    def close(self) -> None:
+        """Finish the tar; one without samples is none."""
+        self._shard.close()
+        for whole in self._shard.paths:
+            os.replace(whole, self.path)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self
@@ -190,7 +142,65 @@ class LatentWriter:
         if kind is None:
             self.close()
         else:
-            self._shards.__exit__(kind, error, trace)
+            self._shard.__exit__(kind, error, trace)
+
+
+def latent_members(
+    manifest: LatentManifest, sample: LatentSample, meta: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The members of a sample in its tar, by extension.
+
+    `meta` becomes the json: captions and the clip's pixel frames, height, width and fps are
+    required; split, family, truth, source_id and variant are passed on. Captions whose kind has no
+    text are left out, so that no plan can ask for them.
+
+    Raises:
+        ValueError: a shape that is not (z_dim, T, H, W).
+        SampleError: meta that is incomplete, values that are not finite.
+    """
+    captions = {k: caption for k, caption in meta["captions"].items() if k in sample.text}
+    encoded = json.dumps({**meta, "captions": captions}).encode()
+    parsed = parse_meta("json", encoded)
+    for name in ("frames", "height", "width", "fps"):
+        parsed.number(name)
+    tensors = {"latents": sample.latents}
+    if sample.logvar is not None:
+        tensors["logvar"] = sample.logvar
+    tensors |= {f"segment.{name}": each.latents for name, each in sample.segments.items()}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 4 or tensor.shape[0] != manifest.z_dim:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} must be ({manifest.z_dim}, T, H, W)"
+            )
+    dtypes = dict.fromkeys(tensors, torch.bfloat16)
+    text_dtype = torch.int32 if manifest.text.kind == "tokens" else torch.bfloat16
+    for kind, row in sample.text.items():
+        tensors[f"text.{kind}"], dtypes[f"text.{kind}"] = row, text_dtype
+    stored = {n: t.detach().to("cpu", dtypes[n]).contiguous() for n, t in tensors.items()}
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise SampleError(f"{name} has values that are not finite")
+    for name, each in sample.segments.items():
+        stored[f"places.{name}"] = torch.tensor(each.places, dtype=torch.int32)
+    return {LATENT_EXTENSION: save(stored), "json": encoded}
+
+
+def write_manifest(
+    folder: Path, manifest: LatentManifest, empty_text: Tensor | None = None
+) -> None:
+    """Say how the latents of a folder were made. `empty_text` (L, D), the encoding of "" for
+    caption dropout, is needed with embeddings, and ValueError without it."""
+    if manifest.text.kind not in TEXT_CACHES:
+        raise ValueError(
+            f"text.kind={manifest.text.kind!r} must be one of {', '.join(TEXT_CACHES)}"
+        )
+    if manifest.text.kind == "embeddings":
+        if empty_text is None:
+            raise ValueError('text.kind=embeddings needs empty_text, the encoding of ""')
+        (folder / EMPTY_TEXT).write_bytes(save({"text": empty_text.contiguous()}))
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(asdict(manifest), indent=1), encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
 
 
 def read_manifest(folder: Path | str) -> LatentManifest:
@@ -208,7 +218,8 @@ def read_manifest(folder: Path | str) -> LatentManifest:
     try:
         fields = json.loads(text)
         fields["text"] = TextCache(**fields["text"])
-        fields["strides"] = tuple(fields["strides"])
+        for name in ("strides", "segments"):
+            fields[name] = tuple(fields.get(name, ()))
         manifest = LatentManifest(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged: {error}; run `longtake encode` again") from error
@@ -243,21 +254,57 @@ def refuse_other_vae(manifest: LatentManifest, vae_hash: str) -> None:
         )
 
 
+def refuse_missing_segments(
+    manifest: LatentManifest, wanted: Iterable[str], folder: Path | str
+) -> None:
+    """Raises:
+    ValueError: the latents of `folder` were encoded without a segment that a task needs.
+    """
+    missing = [name for name in wanted if name not in manifest.segments]
+    if missing:
+        everything = ",".join(dict.fromkeys((*manifest.segments, *missing)))
+        raise ValueError(
+            f"{join(parse_root(folder), MANIFEST)}: segments={list(manifest.segments)} lacks "
+            f"{', '.join(missing)}; run `longtake encode … --segments {everything}`"
+        )
+
+
 def decode_sample(data: bytes) -> LatentSample:
     """Tensors of one key.safetensors.
 
     Raises:
-        SampleError: damaged, or without latents.
+        SampleError: damaged, without latents, or with a segment that does not fit them.
     """
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise SampleError(f"the safetensors file is damaged: {error}") from None
-    latents = tensors.pop("latents", None)
+    latents, logvar = tensors.get("latents"), tensors.get("logvar")
     if latents is None or latents.ndim != 4:
         raise SampleError("the safetensors file holds no tensor 'latents' of shape (C, T, H, W)")
-    text = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
-    return LatentSample(latents.float(), text)
+    parts: dict[str, dict[str, Tensor]] = {"text": {}, "segment": {}, "places": {}}
+    for name, tensor in tensors.items():
+        prefix, _, rest = name.partition(".")
+        if rest and prefix in parts:
+            parts[prefix][rest] = tensor
+    segments = {
+        name: _segment(name, tensor, parts["places"].get(name), latents)
+        for name, tensor in sorted(parts["segment"].items())  # safetensors has no order
+    }
+    return LatentSample(
+        latents.float(), parts["text"], None if logvar is None else logvar.float(), segments
+    )
+
+
+def _segment(name: str, segment: Tensor, places: Tensor | None, latents: Tensor) -> Segment:
+    channels, frames, *size = latents.shape
+    at = () if places is None else tuple(places.flatten().tolist())
+    if segment.shape != (channels, len(at), *size) or not all(0 <= p < frames for p in at):
+        raise SampleError(
+            f"segment {name} of shape {tuple(segment.shape)} at latent frames {list(at)} does not "
+            f"fit latents {tuple(latents.shape)}: run `longtake encode` again"
+        )
+    return Segment(segment.float(), at)
 
 
 def normalise(latents: Tensor, manifest: LatentManifest) -> Tensor:

@@ -5,7 +5,7 @@ place by the plan's rule and reported in Batch.excluded; the next ones are not s
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +18,7 @@ from longtake.data.plan import Plan
 from longtake.data.plan.planned import Exclusion, MicroBatch, PlannedSample, excluded_at
 from longtake.data.plan.tables import SampleTable
 from longtake.data.reader import BadSample, Clip, SampleReader
+from longtake.data.segments import Segment
 from longtake.data.shards.storage import is_remote
 from longtake.data.transforms import to_float
 from longtake.data.workers import Ahead, Workers
@@ -72,6 +73,22 @@ class Batch:
         """
         return _stack([clip.latents for clip in self.clips], "latents")
 
+    def stack_segment(self, name: str) -> Segment:
+        """A piece of every clip that was encoded alone, normalised: latents (B, C, P, H, W).
+
+        Raises:
+            ValueError: a clip has no such segment, or the clips differ in shape.
+        """
+        found = [clip.segments.get(name) for clip in self.clips]
+        for clip, segment in zip(self.clips, found, strict=True):
+            if segment is None:
+                raise ValueError(
+                    f"{clip.sample.key}: holds no segment {name!r}, which its task needs; run "
+                    f"`longtake encode … --segments {','.join((*clip.segments, name))}`"
+                )
+        latents = _stack([s.latents for s in found if s is not None], f"segment {name}")
+        return Segment(latents, self.clips[0].segments[name].places)
+
 
 def _stack(tensors: Sequence[Tensor | None], name: str) -> Tensor:
     shapes = {None if tensor is None else tuple(tensor.shape) for tensor in tensors}
@@ -87,9 +104,8 @@ def digest_clips(clips: Sequence[Clip]) -> str:
     state = xxhash.xxh3_64()
     for clip in clips:
         state.update(json.dumps([clip.sample.seed, clip.sample.times, clip.caption]).encode())
-        for tensor in (clip.video, clip.latents, clip.text):
-            if tensor is not None:
-                state.update(tensor.contiguous().view(torch.uint8).numpy())
+        for tensor in _tensors(clip).values():
+            state.update(tensor.contiguous().view(torch.uint8).numpy())
     return state.hexdigest()
 
 
@@ -167,38 +183,56 @@ class _Packed:
     descriptor of shared memory."""
 
     def __init__(self, batch: Batch) -> None:
-        self._tensors = {
-            "video": _join([clip.video for clip in batch.clips], torch.stack),
-            "latents": _join([clip.latents for clip in batch.clips], torch.stack),
-            "text": _join([clip.text for clip in batch.clips], torch.cat),
-        }
+        self._batch = batch
+        parts = [_tensors(clip) for clip in batch.clips]
+        names = list(parts[0]) if parts else []
+        self._joined: dict[str, Tensor] = {}
+        for name in names:
+            how = torch.cat if name == "text" else torch.stack
+            joined = _join([each.get(name) for each in parts], how)
+            if joined is not None:
+                self._joined[name] = joined
         self._lengths = [0 if clip.text is None else len(clip.text) for clip in batch.clips]
-        clips = list(batch.clips)
-        for name, joined in self._tensors.items():
-            if isinstance(joined, Tensor):
-                clips = [replace(clip, **{name: None}) for clip in clips]
-        self._batch = replace(batch, clips=clips)
+        nothing = dict.fromkeys(self._joined, _NOTHING)
+        self._batch = replace(batch, clips=[_with_tensors(clip, nothing) for clip in batch.clips])
 
     def pin(self) -> Self:
         """In page-locked memory, from where copies to the GPU run beside other work."""
-        for name, joined in self._tensors.items():
-            if joined is not None:
-                self._tensors[name] = joined.pin_memory()
+        self._joined = {name: tensor.pin_memory() for name, tensor in self._joined.items()}
+        clips = []
         for clip in self._batch.clips:
-            for name in self._tensors:
-                tensor = getattr(clip, name)
-                if tensor is not None:
-                    setattr(clip, name, tensor.pin_memory())
+            alone = {n: t for n, t in _tensors(clip).items() if n not in self._joined}
+            clips.append(_with_tensors(clip, {n: t.pin_memory() for n, t in alone.items()}))
+        self._batch = replace(self._batch, clips=clips)
         return self
 
     def unpack(self) -> Batch:
         """The batch as it was."""
         clips = list(self._batch.clips)
-        for name, joined in self._tensors.items():
-            if isinstance(joined, Tensor):
-                parts = joined.split(self._lengths) if name == "text" else joined.unbind()
-                clips = [replace(c, **{name: p}) for c, p in zip(clips, parts, strict=True)]
+        for name, joined in self._joined.items():
+            parts = joined.split(self._lengths) if name == "text" else joined.unbind()
+            clips = [_with_tensors(c, {name: p}) for c, p in zip(clips, parts, strict=True)]
         return replace(self._batch, clips=clips)
+
+
+_NOTHING = torch.empty(0)  # stands where a clip's tensor travels in a joined one
+
+
+def _tensors(clip: Clip) -> dict[str, Tensor]:
+    """All tensors of a clip by name; segments as "segment.<name>"."""
+    named = {"video": clip.video, "latents": clip.latents, "text": clip.text}
+    named |= {f"segment.{name}": segment.latents for name, segment in clip.segments.items()}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _with_tensors(clip: Clip, tensors: Mapping[str, Tensor]) -> Clip:
+    """The clip with other tensors under some of the names of `_tensors`."""
+    segments = {
+        name: replace(segment, latents=tensors.get(f"segment.{name}", segment.latents))
+        for name, segment in clip.segments.items()
+    }
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("segment.")}
+    return replace(clip, segments=segments, **own)
 
 
 def _join(tensors: Sequence[Tensor | None], how: Any) -> Tensor | None:

@@ -1,7 +1,7 @@
 """One planned sample: bytes, checked against the catalogue, to a clip."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from longtake.data.latents import LatentManifest, decode_sample, normalise, read
 from longtake.data.plan.planned import PlannedSample
 from longtake.data.plan.tables import Record, SampleTable
 from longtake.data.samples import LATENT_EXTENSION, SampleError, SampleMeta, combine_meta
+from longtake.data.segments import Segment
 from longtake.data.shards import ShardError, Span
 from longtake.data.shards.storage import Shards
 from longtake.data.transforms import covering_size, crop_clip
@@ -27,7 +28,8 @@ class BadSample(ValueError):
 @dataclass
 class Clip:
     """A sample ready for the model: `video` uint8 (3, T, H, W) or normalised `latents` float32
-    (C, T, H, W); `text` token ids (L,) int64 or embeddings (L, D) where they are cached."""
+    (C, T, H, W); `text` token ids (L,) int64 or embeddings (L, D) where they are cached, and the
+    normalised `segments` of cached latents by name."""
 
     sample: PlannedSample
     caption: str
@@ -36,6 +38,7 @@ class Clip:
     latents: Tensor | None = None
     text: Tensor | None = None
     truth: dict[str, Any] | None = None
+    segments: dict[str, Segment] = field(default_factory=dict)
 
 
 class SampleReader:
@@ -106,6 +109,10 @@ class SampleReader:
                 f"has {expected}: run `longtake encode` again"
             )
         clip.latents = normalise(stored.latents, source.manifest)
+        for name, segment in stored.segments.items():
+            clip.segments[name] = replace(
+                segment, latents=normalise(segment.latents, source.manifest)
+            )
         clip.text = stored.text.get(clip.sample.caption_kind)
         if clip.text is None:
             raise SampleError(

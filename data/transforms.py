@@ -13,6 +13,12 @@ def covering_size(
     return max(target_height, round(height * scale)), max(target_width, round(width * scale))
 
 
+def corner(free: tuple[int, int], at: tuple[float, float]) -> tuple[int, int]:
+    """(y, x) in pixels of the cut that lies at the fractions `at` of the `free` space (y, x)."""
+    y, x = (min(int(part * (space + 1)), space) for part, space in zip(at, free, strict=True))
+    return y, x
+
+
 def crop_clip(frames: np.ndarray, height: int, width: int, at: tuple[float, float]) -> Tensor:
     """Cut frames uint8 (T, H, W, 3) to a clip uint8 (3, T, height, width).
 
@@ -25,7 +31,7 @@ def crop_clip(frames: np.ndarray, height: int, width: int, at: tuple[float, floa
     free_y, free_x = frames.shape[1] - height, frames.shape[2] - width
     if free_y < 0 or free_x < 0:
         raise ValueError(f"frames {frames.shape} are smaller than the crop {height}x{width}")
-    y, x = min(int(at[0] * (free_y + 1)), free_y), min(int(at[1] * (free_x + 1)), free_x)
+    y, x = corner((free_y, free_x), at)
     cut = frames[:, y : y + height, x : x + width]  # (T, H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(cut.transpose(3, 0, 1, 2)))  # (3, T, H, W)
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from longtake.launch import data_commands, evaluate_command, run_commands
+from longtake.launch import data_commands, encode_command, evaluate_command, run_commands
 from longtake.launch.command import Command, UserError
 
 DESCRIPTION = (
@@ -19,6 +19,7 @@ DESCRIPTION = (
 )
 COMMANDS: tuple[Command, ...] = (
     *data_commands.COMMANDS,
+    *encode_command.COMMANDS,
     *run_commands.COMMANDS,
     *evaluate_command.COMMANDS,
 )

@@ -1,4 +1,4 @@
-"""Sub-commands on runs: train, encode, sample, export, report."""
+"""Sub-commands on runs: train, sample, export, report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from longtake.launch.command import Command, names, positive, size
+from longtake.launch.command import Command, positive, size
 from longtake.launch.torchrun import EXIT_FAILED, Launch, run_torchrun
 
 
@@ -60,56 +60,6 @@ def run_train(args: argparse.Namespace) -> int:
     sys.argv = ["longtake train", *args.overrides]
     main()  # leaves the process itself, with 0, 1 or 75
     return EXIT_FAILED
-
-
-def encode_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `longtake encode`."""
-    parser.add_argument("vae", type=Path, help="run folder or checkpoint of a VAE")
-    parser.add_argument("shards", type=Path, help="folder of catalogued pixel shards")
-    parser.add_argument("out", type=Path, help="folder for the latent shards")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="of the DiT that will train on them, for its text encoder: experiment=…, text=…",
-    )
-    parser.add_argument("--catalogue", type=Path, help="catalogue, when it lies elsewhere")
-    parser.add_argument("--where", default="", help="filter, such as \"split = 'val'\"")
-    parser.add_argument("--frames", type=positive, help="(default: the VAE's first bucket)")
-    parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the VAE's first bucket)")
-    parser.add_argument("--fps", type=float, help="frames per second (default: the VAE run's)")
-    parser.add_argument("--captions", type=names, help="caption kinds to tokenise (default: all)")
-    parser.add_argument(
-        "--stats-from", type=Path, help="latents folder whose mean and std to take over"
-    )
-    inference_arguments(parser, batch_size=16)
-
-
-def run_encode(args: argparse.Namespace) -> int:
-    """Write the latents and token ids of a folder of shards."""
-    from longtake.launch.compose import compose_dit
-    from longtake.train.encode import EncodeOptions, encode_shards
-
-    report = encode_shards(
-        args.vae,
-        args.shards,
-        args.out,
-        EncodeOptions(
-            catalogue=args.catalogue,
-            where=args.where,
-            frames=args.frames,
-            size=args.size,
-            fps=args.fps,
-            caption_kinds=args.captions,
-            text=compose_dit(["stage=dit", *args.overrides]).text,
-            stats_from=args.stats_from,
-            weights=args.weights,
-            batch_size=args.batch_size,
-            device=args.device,
-        ),
-    )
-    print(report)
-    return 0
 
 
 def sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,10 +168,6 @@ def run_report(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         *("train", "train a VAE or a DiT; the same command resumes", train_arguments, run_train),
-        trailing="overrides",
-    ),
-    Command(
-        *("encode", "cache latents and text of a folder of shards", encode_arguments, run_encode),
         trailing="overrides",
     ),
     Command("sample", "draw videos for prompts", sample_arguments, run_sample, trailing="prompts"),

@@ -126,6 +126,15 @@ class TextEncoder(nn.Module):
         return nn.functional.pad(embeds, (0, 0, 0, limit - longest)), lens
 
 
+def embed_dim(config: TextConfig) -> int:
+    """Width of the embeddings, known without loading the encoder."""
+    from transformers import AutoConfig
+
+    if config.kind == "bytes":
+        return config.d_model
+    return int(AutoConfig.from_pretrained(config.path).d_model)
+
+
 def _load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, ByT5Tokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config

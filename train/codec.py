@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +10,14 @@ import torch
 from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
+from longtake.data.segments import Segment, SegmentSpec
 from longtake.models.conditioning import GIVEN_PREFIX
-from longtake.models.text import TextConfig
 from longtake.models.vae import VAE, vae_hash
+from longtake.models.vae_bounded import decode_bounded, encode_bounded
+from longtake.train.run_folder import write_json
 from longtake.train.runs import LoadedVAE, load_vae
 from longtake.train.schema import DiTRun
+from longtake.train.text_identity import text_hash
 
 KEPT_MANIFEST = "latents.json"  # copied into the run folder, so that a run outlives its latents
 
@@ -54,15 +55,23 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised posterior means, or pixels."""
-        latents = video if self.vae is None else self.vae.encode(video).mean
+        """Normalised posterior means, or pixels; of clips of any length in bounded memory."""
+        latents = video if self.vae is None else encode_bounded(self.vae, video).mean
         return (latents - self.mean) / self.std
+
+    def encode_segment(self, video: Tensor, name: str) -> Segment:
+        """A piece of clips (see `data.segments`) encoded alone, as `longtake encode` stores it:
+        latents (B, C, P, H', W'). ValueError where clips of this length have no such piece."""
+        spec, frames, stride = SegmentSpec.parse(name), video.shape[2], self.strides[0]
+        spec.check(frames, stride)
+        return Segment(spec.encode(self.encode, video), spec.places(frames, stride))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, clamped to [-1, 1]."""
+        """Pixels, clamped to [-1, 1]; of any length in bounded memory, frames too large for it in
+        tiles that blend where they meet."""
         latents = latents * self.std + self.mean
-        return (latents if self.vae is None else self.vae.decode(latents)).clamp(-1, 1)
+        return (latents if self.vae is None else decode_bounded(self.vae, latents)).clamp(-1, 1)
 
 
 def load_codec(
@@ -118,20 +127,13 @@ def keep_manifest(config: DiTRun, folder: Path) -> None:
     vae = _named_vae(manifest, place)
     if vae is not None:
         tree["versions"]["vae_run"] = os.path.relpath(vae, folder.resolve())
-    scratch = folder / f"{KEPT_MANIFEST}.tmp"
-    scratch.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, folder / KEPT_MANIFEST)
+    write_json(folder / KEPT_MANIFEST, tree)
 
 
 def _named_vae(manifest: LatentManifest, place: Path) -> Path | None:
     """The VAE run that the manifest in `place` names, None where it names none."""
     named = manifest.versions.get("vae_run")
     return None if named is None else Path(os.path.normpath(place.resolve() / named))
-
-
-def text_hash(config: TextConfig) -> str:
-    """Identity of what turns captions into cached ids or embeddings."""
-    return hashlib.sha256(f"{config.kind}:{config.path}".encode()).hexdigest()
 
 
 def check_text(manifest: LatentManifest, config: DiTRun, place: Path) -> None:

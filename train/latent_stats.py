@@ -8,7 +8,6 @@ are taken once, over clips in the order its own training saw them, and kept in i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -22,6 +21,8 @@ from longtake.data.latents import ChannelStats, read_manifest
 from longtake.data.plan import Plan, PlannedSample
 from longtake.data.reader import BadSample, SampleReader
 from longtake.data.transforms import to_float
+from longtake.models.vae_bounded import encode_bounded
+from longtake.train.run_folder import write_json
 from longtake.train.runs import LoadedVAE
 
 NUM_CLIPS = 1024
@@ -63,9 +64,7 @@ def latent_stats(loaded: LoadedVAE, vae_hash: str, num_clips: int = NUM_CLIPS) -
             stats.update(latents)
             seen += 1
     found = LatentStats(vae_hash, stats.mean, stats.std, seen)
-    scratch = path.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json(path, asdict(found))
     return found
 
 
@@ -114,4 +113,4 @@ def _encode(loaded: LoadedVAE, video: Tensor) -> Tensor:
     with torch.autocast(
         device.type, torch.bfloat16, enabled=loaded.config.engine.precision == "bf16"
     ):
-        return loaded.vae.encode(video.to(device)).mean
+        return encode_bounded(loaded.vae, video.to(device)).mean

@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longtake.train.ranks import Ranks
@@ -50,6 +50,13 @@ def check_replaceable(folder: Path, proof: str) -> None:
     is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     if not is_free and not (folder / proof).is_file():
         raise ValueError(f"{folder}: exists and holds no {proof} to replace; name another folder")
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a JSON file that is never seen half written, whoever else writes it."""
+    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    scratch.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 @contextmanager

@@ -328,7 +328,10 @@ def _read_part(manifest: CatalogueManifest, name: str, schema: pa.Schema) -> pa.
         if read_facts(part)["digest"] != entry.digest:
             raise ValueError("its rows are not those of the manifest")
         file = pq.ParquetFile(part, page_checksum_verification=True)
-        table = file.read(columns=schema.names, use_threads=False).select(schema.names)
+        table = file.read(columns=schema.names, use_threads=False)
+        if "variant" in schema.names and "variant" not in table.column_names:
+            table = table.append_column("variant", pa.nulls(table.num_rows))  # of an older version
+        table = table.select(schema.names)
         table = table.replace_schema_metadata().cast(schema)
         _check_rows(table, name, entry)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

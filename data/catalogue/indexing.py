@@ -62,6 +62,7 @@ SCHEMA = pa.schema(
         ("lt", pa.int32()),
         ("lh", pa.int32()),
         ("lw", pa.int32()),
+        ("variant", pa.int32()),  # of latents: which cut of its clip; 0 is the central one
     ]
 )
 
@@ -214,4 +215,11 @@ def _latent_facts(payload: bytes, meta: SampleMeta) -> dict[str, Any]:
         "lt": lt,
         "lh": lh,
         "lw": lw,
+        **_variant(meta.fields.get("variant")),
     }
+
+
+def _variant(cut: Any) -> dict[str, int]:
+    """The column `variant`, where the json tells one."""
+    index = cut.get("index") if isinstance(cut, dict) else None
+    return {"variant": index} if type(index) is int and 0 <= index <= MAX_NUMBER else {}

@@ -1,25 +1,34 @@
 import json
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from longtake.data.catalogue import Catalogue, build_catalogue
+from longtake.data.catalogue import Catalogue, build_catalogue, load_catalogue
 from longtake.data.latents import (
+    ChannelStats,
+    LatentManifest,
+    LatentSample,
     LatentWriter,
     TextCache,
     decode_sample,
     read_empty_text,
     read_manifest,
+    refuse_missing_segments,
     refuse_other_vae,
+    write_manifest,
 )
 from longtake.data.loader import Batch, Loader
 from longtake.data.plan import BucketConfig, DataConfig, DatasetConfig, Plan
 from longtake.data.samples import SampleError
+from longtake.data.segments import Segment, SegmentSpec
 from tests.data.toy import toy_meta, toy_video, write_shards
 
 TOKENS = TextCache("tokens", "hash-of-tokenizer", 48)
@@ -36,24 +45,26 @@ def _latents(index: int) -> Tensor:
     return torch.randn(4, 3, 8, 8, generator=generator) * 3 + torch.arange(4).view(4, 1, 1, 1)
 
 
+def _manifest(text: TextCache = TOKENS, **fields: Any) -> LatentManifest:
+    return LatentManifest("vae-a", 4, [0.0] * 4, [1.0] * 4, (4, 4, 4), text, **fields)
+
+
 def _write(folder: Path, count: int = 16, text: TextCache = TOKENS) -> Catalogue:
-    empty = torch.zeros(1, 6) if text.kind == "embeddings" else None
-    writer = LatentWriter(
-        folder,
-        vae_hash="vae-a",
-        z_dim=4,
-        strides=(4, 4, 4),
-        text=text,
-        empty_text=empty,
-        max_samples=5,
-    )
-    for index in range(count):
-        if text.kind == "tokens":
-            cached = {k: torch.arange(index % 5 + 2) for k in ("dense", "short")}
-        else:
-            cached = {k: torch.full((index % 5 + 2, 6), float(index)) for k in ("dense", "short")}
-        writer.write(f"clip{index:03d}", _latents(index), cached, _meta(index))
-    return writer.close()
+    folder.mkdir(parents=True, exist_ok=True)
+    stats = ChannelStats(4)
+    for start in range(0, count, 5):
+        with LatentWriter(folder / f"shard-{start:06d}.tar", _manifest(text)) as writer:
+            for index in range(start, min(start + 5, count)):
+                row = torch.arange(index % 5 + 2)
+                if text.kind == "embeddings":
+                    row = torch.full((index % 5 + 2, 6), float(index))
+                cached = dict.fromkeys(("dense", "short"), row)
+                stats.update(_latents(index).bfloat16())
+                sample = LatentSample(_latents(index), cached)
+                writer.write(f"clip{index:03d}", sample, _meta(index))
+    manifest = replace(_manifest(text), mean=stats.mean, std=stats.std, num_samples=count)
+    write_manifest(folder, manifest, torch.zeros(1, 6))
+    return build_catalogue(folder, progress=False)
 
 
 def _plan(folder: Path, *buckets: BucketConfig) -> Plan:
@@ -133,11 +144,14 @@ def test_a_bucket_that_was_not_encoded_names_the_command(tmp_path: Path) -> None
 
 
 def test_captions_without_cached_text_are_never_planned(tmp_path: Path) -> None:
-    with LatentWriter(tmp_path, vae_hash="v", z_dim=4, strides=(4, 4, 4), text=TOKENS) as writer:
+    with LatentWriter(tmp_path / "s.tar", _manifest()) as writer:
         for index in range(8):
-            writer.write(f"c{index}", _latents(index), {"dense": torch.arange(3)}, _meta(index))
-        with pytest.raises(ValueError, match="caption missing"):
-            writer.write("none", _latents(0), {"zh": torch.arange(3)}, _meta(0))
+            sample = LatentSample(_latents(index), {"dense": torch.arange(3)})
+            writer.write(f"c{index}", sample, _meta(index))
+        with pytest.raises(SampleError, match="caption missing"):
+            writer.write("none", LatentSample(_latents(0), {"zh": torch.arange(3)}), _meta(0))
+    write_manifest(tmp_path, _manifest())
+    build_catalogue(tmp_path, progress=False)
     for batch in _load(_plan(tmp_path), 4):
         assert {c.sample.caption_kind for c in batch.clips} == {"dense"} and not batch.excluded
 
@@ -173,31 +187,108 @@ def test_missing_and_damaged_manifests(tmp_path: Path) -> None:
 
 
 def test_writer_refuses_what_cannot_be_trained_on(tmp_path: Path) -> None:
-    options = {"vae_hash": "v", "z_dim": 4, "strides": (4, 4, 4)}
     with pytest.raises(ValueError, match=r"text\.kind='words'"):
-        LatentWriter(tmp_path / "a", text=TextCache("words", "h", 1), **options)  # type: ignore
+        write_manifest(tmp_path, _manifest(TextCache("words", "h", 1)))
     with pytest.raises(ValueError, match="needs empty_text"):
-        LatentWriter(tmp_path / "a", text=TextCache("embeddings", "h", 1), **options)  # type: ignore
-    writer = LatentWriter(tmp_path / "a", text=TOKENS, **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"must be \(4, T, H, W\)"):
-        writer.write("k", torch.zeros(3, 1, 2, 2), {}, _meta(0))
+        write_manifest(tmp_path, _manifest(TextCache("embeddings", "h", 1)))
     words = {"dense": torch.arange(2)}
-    incomplete = {k: v for k, v in _meta(0).items() if k != "frames"}
-    with pytest.raises(ValueError, match="frames in the json"):
-        writer.write("k", _latents(0), words, incomplete)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x").touch()
-    with pytest.raises(ValueError, match="is not empty"):
-        LatentWriter(tmp_path / "b", text=TOKENS, **options)  # type: ignore[arg-type]
+    nan, short = _latents(0), Segment(torch.zeros(3, 1, 8, 8), (2,))
+    nan[1, 2, 3, 4] = torch.nan
+    sample = LatentSample(_latents(0), words)
+    with LatentWriter(tmp_path / "a.tar", _manifest()) as writer:
+        with pytest.raises(ValueError, match=r"must be \(4, T, H, W\)"):
+            writer.write("k", LatentSample(torch.zeros(3, 1, 2, 2), words), _meta(0))
+        with pytest.raises(ValueError, match=r"segment\.last of shape"):
+            writer.write("k", replace(sample, segments={"last": short}), _meta(0))
+        with pytest.raises(SampleError, match="latents has values that are not finite"):
+            writer.write("k", replace(sample, latents=nan), _meta(0))
+        with pytest.raises(SampleError, match="logvar has values that are not finite"):
+            writer.write("k", replace(sample, logvar=nan), _meta(0))
+        incomplete = {k: v for k, v in _meta(0).items() if k != "frames"}
+        with pytest.raises(SampleError, match="frames in the json"):
+            writer.write("k", sample, incomplete)
+    assert not list(tmp_path.iterdir())  # no sample, no tar
+
+
+def test_segments_and_logvar_come_back_normalised(tmp_path: Path) -> None:
+    manifest = _manifest(segments=("last", "every:4"), logvar=True)
+    manifest = replace(manifest, mean=[1.0] * 4, std=[2.0] * 4)
+    with LatentWriter(tmp_path / "s.tar", manifest) as writer:
+        for index in range(8):
+            segments = {
+                "last": Segment(torch.full((4, 1, 8, 8), float(index)), (2,)),
+                "every:4": Segment(torch.full((4, 3, 8, 8), 5.0), (0, 1, 2)),
+            }
+            rows = {"dense": torch.arange(3), "short": torch.arange(2)}
+            meta = {**_meta(index), "variant": {"index": index % 2}}
+            logvar = torch.full((4, 3, 8, 8), -float(index))
+            writer.write(f"c{index}", LatentSample(_latents(index), rows, logvar, segments), meta)
+    write_manifest(tmp_path, manifest)
+    catalogue = build_catalogue(tmp_path, progress=False)
+    assert catalogue.table["variant"].to_pylist() == [0, 1] * 4
+    assert catalogue.filter("variant = 0").kept == 4
+    refuse_missing_segments(read_manifest(tmp_path), ["last"], tmp_path)
+    with pytest.raises(ValueError, match=r"lacks suffix:5; run .*--segments last,every:4,suffix:5"):
+        refuse_missing_segments(read_manifest(tmp_path), ["last", "suffix:5"], tmp_path)
+    loaded = _load(_plan(tmp_path), 2)
+    for batch in loaded:
+        last = batch.stack_segment("last")
+        assert last.places == (2,)
+        expected = torch.tensor([(float(c.sample.key[1:]) - 1) / 2 for c in batch.clips])
+        assert torch.equal(last.latents, expected.view(-1, 1, 1, 1, 1).expand(-1, 4, 1, 8, 8))
+        assert batch.clips[0].segments["every:4"].latents.shape == (4, 3, 8, 8)
+        with pytest.raises(ValueError, match=r"no segment 'suffix:5'.*longtake encode"):
+            batch.stack_segment("suffix:5")
+    for one, two in zip(loaded, _load(_plan(tmp_path), 2, num_workers=2), strict=True):
+        assert one.digest == two.digest
+        last = one.stack_segment("last"), two.stack_segment("last")
+        assert torch.equal(last[0].latents, last[1].latents) and last[0].places == last[1].places
+
+
+def test_a_catalogue_without_the_column_of_variants_is_read(tmp_path: Path) -> None:
+    _write(tmp_path, 2)
+    (part,) = (tmp_path / "catalogue").glob("*.parquet")
+    pq.write_table(pq.read_table(part).drop_columns("variant"), part, write_page_checksum=True)
+    assert load_catalogue(tmp_path).table["variant"].to_pylist() == [None, None]
+
+
+def test_a_segment_that_does_not_fit_its_latents(tmp_path: Path) -> None:
+    tensors = {"latents": torch.zeros(4, 3, 8, 8), "segment.last": torch.zeros(4, 1, 8, 8)}
+    for places in (None, torch.tensor([3]), torch.tensor([1, 2])):
+        damaged = tensors if places is None else tensors | {"places.last": places}
+        with pytest.raises(SampleError, match="segment last of shape"):
+            decode_sample(save(damaged))
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("last", (4,)), ("suffix:5", (3, 4)), ("every:4", (0, 1, 2, 3, 4)), ("every:8", (0, 2, 4))],
+)
+def test_segments_stand_for_the_latents_that_end_with_their_frames(
+    name: str, places: tuple[int, ...]
+) -> None:
+    spec = SegmentSpec.parse(name)
+    spec.check(17, 4)
+    assert spec.places(17, 4) == places
+    frames = torch.arange(17.0).view(1, 1, 17, 1, 1).expand(2, 3, 17, 1, 1)
+    # A stand-in for the VAE: a latent is the last pixel frame that it covers.
+    latents = spec.encode(lambda piece: piece[:, :, ::4], frames)
+    assert latents.shape == (2, 3, len(places), 1, 1)
+    assert latents[1, 2].flatten().tolist() == [4.0 * place for place in places]
+
+
+@pytest.mark.parametrize("name", ["first", "suffix", "suffix:4", "every:6", "suffix:17", "every:0"])
+def test_segments_that_a_clip_cannot_have(name: str) -> None:
+    with pytest.raises(ValueError, match="segment"):
+        SegmentSpec.parse(name).check(17, 4)
 
 
 def test_an_interrupted_encode_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
-    out = tmp_path / "latents"
     with pytest.raises(KeyboardInterrupt):
-        with LatentWriter(out, vae_hash="v", z_dim=4, strides=(4, 4, 4), text=TOKENS) as writer:
-            writer.write("k", _latents(0), {"dense": torch.arange(2)}, _meta(0))
+        with LatentWriter(tmp_path / "s.tar", _manifest()) as writer:
+            writer.write("k", LatentSample(_latents(0), {"dense": torch.arange(2)}), _meta(0))
             raise KeyboardInterrupt
-    assert not (out / "latents.json").exists() and not list(out.glob("*.tar*"))
+    assert not list(tmp_path.glob("**/*.tar*/*"))
 
 
 def test_empty_text_is_kept(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from longtake.launch.compose import compose_dit
-from longtake.train.encode import EncodeOptions, encode_shards
+from longtake.train.encode import encode_shards
+from longtake.train.encode_plan import EncodeOptions
 
 from .small_runs import DIT_SIZES, write_dit_run, write_vae_run, write_world
 

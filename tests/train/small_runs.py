@@ -38,12 +38,20 @@ DIT_SIZES = (
 )
 
 
-def write_world(out: Path, *, split: str = "train", num_clips: int = 12, seed: int = 0) -> Path:
-    """Catalogued shards of two families, 5 frames of 16×16, three clips a shard."""
+def write_world(
+    out: Path,
+    *,
+    split: str = "train",
+    num_clips: int = 12,
+    seed: int = 0,
+    frames: int = FRAMES,
+    width: int = SIDE,
+) -> Path:
+    """Catalogued shards of two families, by default 5 frames of 16×16, three clips a shard."""
     with ShardWriter(out, max_samples=3) as writer:
         for index in range(num_clips):
             clip = make_clip(
-                seed, split, index, families=FAMILIES, frames=FRAMES, height=SIDE, width=SIDE
+                seed, split, index, families=FAMILIES, frames=frames, height=SIDE, width=width
             )
             members = {
                 "mp4": encode_video(clip.frames, clip.fps),

@@ -4,13 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import decode_clip
-from longtake.data.latents import LatentWriter, decode_sample, read_manifest
+from longtake.data.latents import decode_sample, read_manifest
 from longtake.data.shards import ShardReader, Span, scan_shard
 from longtake.models.text import Tokenizer
 from longtake.models.vae import vae_hash
@@ -72,11 +73,11 @@ def test_a_killed_encode_goes_on_and_gives_the_same_bytes(
 ) -> None:
     original, written = encode.ShardEncoder.write, []
 
-    def write_two(self: encode.ShardEncoder, staging: Path, name: str, samples: list) -> None:
+    def write_two(self: encode.ShardEncoder, path: Path, *rest: Any) -> Any:
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(name)
-        original(self, staging, name, samples)
+        written.append(path.name)
+        return original(self, path, *rest)
 
     out = tmp_path / "latents"
     monkeypatch.setattr(encode.ShardEncoder, "write", write_two)
@@ -85,11 +86,11 @@ def test_a_killed_encode_goes_on_and_gives_the_same_bytes(
     assert not out.exists()
     monkeypatch.setattr(encode.ShardEncoder, "write", original)
     report = encode_shards(road.vae, road.pixels, out, small_text())
-    assert (report.reused_shards, report.num_shards, report.num_samples) == (2, 4, 12)
+    assert (report.own_shards, report.num_shards, report.num_samples) == (2, 4, 12)
     for shard in sorted(road.latents.glob("*.tar")):
         assert (out / shard.name).read_bytes() == shard.read_bytes()
     again = encode_shards(road.vae, road.pixels, out, small_text())
-    assert again.reused_shards == 4
+    assert again == replace(report, own_shards=0)
 
 
 def test_other_content_is_not_overwritten(road: Road, tmp_path: Path) -> None:
@@ -146,14 +147,3 @@ def test_a_damaged_clip_is_counted(road: Road, tmp_path: Path) -> None:
 
 def payload(reader: ShardReader, folder: Path, row: dict) -> bytes:
     return reader.read(folder / row["shard"], Span(row["payload_offset"], row["payload_size"]))
-
-
-def test_a_shard_of_any_size_becomes_one_shard(
-    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when latents and text of one source shard exceed the writer's usual limit."""
-    defaults = {**(LatentWriter.__init__.__kwdefaults__ or {}), "max_bytes": 1}
-    monkeypatch.setattr(LatentWriter.__init__, "__kwdefaults__", defaults)
-    report = encode_shards(road.vae, road.pixels, tmp_path / "latents", small_text())
-    assert (report.num_shards, report.num_samples) == (4, 12)
-    assert len(load_catalogue(tmp_path / "latents")) == 12

@@ -1,0 +1,68 @@
+"""Pieces of a clip that the VAE encodes alone: what is given must not have seen what is asked for.
+
+A piece is named `last` (the last frame, as an image), `suffix:N` (the last N = 1 + st·k frames, as
+a clip of their own) or `every:K` (frames 0, K, 2K, …, each as an image; K a multiple of st), with
+st the VAE's stride in time.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Latents (C, P, H, W), of a batch (B, C, P, H, W), of a piece encoded alone, and the P latent
+    frames of the whole clip that they stand for."""
+
+    latents: Tensor
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SegmentSpec:
+    """A piece by its name: the last `length` frames, or every `length`-th one as a still."""
+
+    name: str
+    length: int
+    is_stills: bool
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The piece of a name; ValueError for what names none."""
+        match = re.fullmatch(r"last|(suffix|every):([1-9]\d*)", name)
+        if match is None:
+            raise ValueError(
+                f"segment {name!r} must be last, suffix:N (N frames) or every:K (one frame in K)"
+            )
+        return cls(name, int(match[2] or 1), match[1] == "every")
+
+    def check(self, num_frames: int, stride: int) -> None:
+        """ValueError unless clips of `num_frames`, `stride` of them a latent, have the piece."""
+        rest = self.length % stride if self.is_stills else (self.length - 1) % stride
+        if rest:
+            rule = f"a multiple of {stride}" if self.is_stills else f"1 + {stride}·k"
+            raise ValueError(f"segment {self.name}: {self.length} must be {rule}, for this VAE")
+        if self.length >= num_frames:
+            raise ValueError(
+                f"segment {self.name}: clips of {num_frames} frames have no such part; it must be "
+                f"less than {num_frames}"
+            )
+
+    def places(self, num_frames: int, stride: int) -> tuple[int, ...]:
+        """The latent frames that the piece stands for: those that end with its frames."""
+        last = (num_frames - 1) // stride
+        if self.is_stills:
+            return tuple(range(0, last + 1, self.length // stride))
+        return tuple(range(last - (self.length - 1) // stride, last + 1))
+
+    def encode(self, encode: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+        """The latents (B, Z, P, H', W') of the piece of clips (B, C, T, H, W), encoded alone."""
+        if not self.is_stills:
+            return encode(video[:, :, -self.length :])
+        stills = video[:, :, :: self.length].movedim(2, 1)  # (B, P, C, H, W)
+        latents = encode(stills.flatten(0, 1)[:, :, None])  # (B·P, Z, 1, H', W')
+        return latents[:, :, 0].unflatten(0, stills.shape[:2]).movedim(1, 2)
