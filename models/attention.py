@@ -1,22 +1,92 @@
 """Attention behind one function: the kernel is chosen by device, dtype and length."""
 
+from dataclasses import dataclass
+from typing import Self
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from longtake.models.fused import ExplicitAttention
 
-# Measured on CPU in bf16: a written-out softmax beats the fused kernel up to about this many keys.
-EXPLICIT_MAX_KEYS = 3072
+# Measured on CPU: a written-out softmax beats the fused kernel up to about this many keys.
+EXPLICIT_MAX_KEYS = {torch.float32: 128, torch.bfloat16: 3072}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, key_bias: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Blocks:
+    """Samples that share one sequence: queries of sample i see its keys and no others.
+
+    The lengths of both add up to the sequences; `ends` are their running sums (samples + 1) from 0
+    on as int32, on the device. `max_tokens` bounds all lengths.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    query_ends: Tensor
+    key_ends: Tensor
+    max_tokens: int
+
+    @classmethod
+    def of(
+        cls, queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device, bound: int = 0
+    ) -> Self:
+        """Blocks of these lengths; a `bound` on all of them keeps compiled graphs alike."""
+        ends = [
+            torch.tensor((0, *lengths)).cumsum(0).int().to(device) for lengths in (queries, keys)
+        ]
+        return cls(queries, keys, *ends, bound or max(*queries, *keys))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> Tensor:
     """Softmax attention, softmax(q·kᵀ/√Dh + key_bias)·v.
 
     q (B, H, N, Dh), k and v (B, H, L, Dh) → (B, H, N, Dh). `key_bias` (L,) is added to the logits
-    of every query: log(n) makes one key stand for n equal ones.
+    of every query: log(n) makes one key stand for n equal ones. With `blocks` B is 1, attention
+    is block-diagonal, and the bias is that of each block's keys.
     """
-    if q.device.type == "cpu" and k.shape[2] <= EXPLICIT_MAX_KEYS:
+    if blocks is None:
+        return _dense(q, k, v, key_bias)
+    if key_bias is None and has_varlen(q):
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, Dh)
+        ends, longest = (blocks.query_ends, blocks.key_ends), blocks.max_tokens
+        out = varlen_attn(q, k, v, *ends, longest, longest)
+        assert isinstance(out, Tensor)
+        return out.transpose(0, 1)[None]
+    return _by_block(q, k, v, key_bias, blocks)
+
+
+def has_varlen(q: Tensor) -> bool:
+    """Whether torch's kernel for sequences of samples (FlashAttention) takes such queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+    if q.device.type == "cpu" and k.shape[2] <= EXPLICIT_MAX_KEYS.get(q.dtype, 0):
         out = ExplicitAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), key_bias)
         return out.unflatten(0, q.shape[:2])
     mask = None if key_bias is None else key_bias.to(q.dtype).expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _by_block(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, blocks: Blocks) -> Tensor:
+    """Exact everywhere: blocks of equal lengths are a batch."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, lengths in enumerate(zip(blocks.queries, blocks.keys, strict=True)):
+        alike.setdefault(lengths, []).append(index)
+    queries, keys = q.split(blocks.queries, 2), k.split(blocks.keys, 2)
+    values = v.split(blocks.keys, 2)
+    out = list(queries)
+    for members in alike.values():
+        batch = (torch.cat([parts[i] for i in members]) for parts in (queries, keys, values))
+        for index, one in zip(members, _dense(*batch, key_bias).split(1), strict=True):
+            out[index] = one
+    return torch.cat(out, 2)

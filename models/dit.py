@@ -8,15 +8,40 @@ K noise levels in one sample.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
-from longtake.models.attention import attention
+from longtake.models.attention import Blocks, attention
 from longtake.models.fused import GatedAdd, ModulatedNorm, NormRotateHeads
-from longtake.models.layers import MLP, RotaryTable, patchify, timestep_embedding, unpatchify
+from longtake.models.layers import MLP, timestep_embedding, token_grid
+from longtake.models.tokens import Segment, Sequencer, TokenSequence, Video
+
+CHECKPOINTING = ("none", "selective", "full")
+# What selective checkpointing keeps: the results that are dear to compute again.
+_KEEP_PRODUCTS = partial(
+    create_selective_checkpoint_contexts,
+    [
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    ],
+)
 
 
 @dataclass(frozen=True)
@@ -62,21 +87,19 @@ class DiTConfig:
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Token grid of latents (T, H, W). ValueError where the patch does not divide them."""
-        if any(size % patch for size, patch in zip(shape, self.patch_size, strict=True)):
-            raise ValueError(
-                f"latents of (T, H, W) = {tuple(shape)} must be divisible by "
-                f"model.patch_size={self.patch_size}"
-            )
-        frames, height, width = (s // p for s, p in zip(shape, self.patch_size, strict=True))
-        return frames, height, width
+        return token_grid(shape, self.patch_size)
 
 
 @dataclass(frozen=True)
 class TextTokens:
-    """Projected text (B, L', D) whose last row stands for `num_pads` equal padding rows."""
+    """Projected text (B, L', D) whose last row stands for `num_pads` equal padding rows.
+
+    In a pack `blocks` tells which tokens see which sample's text.
+    """
 
     tokens: Tensor
     num_pads: int
+    blocks: Blocks | None = None
 
 
 class SelfAttention(nn.Module):
@@ -103,10 +126,10 @@ class SelfAttention(nn.Module):
         for gain in (self.norm_q, self.norm_k):
             nn.init.constant_(gain, max(1.0, (128 * self.num_heads / dim) ** 0.5))
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, blocks: Blocks | None) -> Tensor:
         weight = torch.stack((self.norm_q, self.norm_k))
         q, k, v = NormRotateHeads.apply(self.qkv(x), weight, rope, self.num_heads, self.eps)
-        h = attention(q, k, v)  # (B, H, N, Dh)
+        h = attention(q, k, v, blocks=blocks)  # (B, H, N, Dh)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
@@ -134,7 +157,9 @@ class CrossAttention(nn.Module):
             bias[-1] = math.log(text.num_pads)
         elif text.num_pads > 1:  # repeated keys need no mask, so flash kernels stay usable
             k, v = _repeat_last(k, text.num_pads), _repeat_last(v, text.num_pads)
-        h = attention(q, k, v, key_bias=bias)
+        if text.blocks is not None:
+            k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (k, v))  # (1, H, B·L, Dh)
+        h = attention(q, k, v, key_bias=bias, blocks=text.blocks)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
@@ -156,18 +181,19 @@ class Block(nn.Module):
         x: Tensor,
         text: TextTokens,
         modulation: Tensor,
-        one_hot: Tensor | None,
+        rows: Tensor | None,
         rope: Tensor,
+        blocks: Blocks | None,
     ) -> Tensor:
-        """x (B, N, D), modulation (6, B, K, D) fp32, one_hot (B, N, K) or None → (B, N, D)."""
+        """x (B, N, D), modulation (6, B, K, D) fp32, rows (B, N) of (B·K, D) → (B, N, D)."""
         table = self.modulation[:, None, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation + table  # each (B, K, D)
-        h = ModulatedNorm.apply(x, shift1, scale1, one_hot, self.eps)
-        x = GatedAdd.apply(x, self.self_attn(h, rope), gate1, one_hot)
+        h = ModulatedNorm.apply(x, shift1, scale1, rows, self.eps)
+        x = GatedAdd.apply(x, self.self_attn(h, rope, blocks), gate1, rows)
         h = x if self.norm_cross is None else self.norm_cross(x).to(x.dtype)
         x = x + self.cross_attn(h, text)
-        h = ModulatedNorm.apply(x, shift2, scale2, one_hot, self.eps)
-        return GatedAdd.apply(x, self.mlp(h), gate2, one_hot)
+        h = ModulatedNorm.apply(x, shift2, scale2, rows, self.eps)
+        return GatedAdd.apply(x, self.mlp(h), gate2, rows)
 
 
 class DiT(nn.Module):
@@ -177,7 +203,8 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         dim, patch_volume = config.hidden_size, math.prod(config.patch_size)
-        self.rope = RotaryTable(config.num_heads, config.head_dim)
+        self._checkpointing = "none"
+        self.sequencer = Sequencer(config.patch_size, config.num_heads, config.head_dim)
         self.patch_embed = nn.Linear(config.in_channels * patch_volume, dim)
         self.time_embed = MLP(config.freq_dim, dim, dim, "silu")
         self.time_proj = nn.Linear(dim, 6 * dim)
@@ -189,39 +216,92 @@ class DiT(nn.Module):
 
     def forward(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Video],
         t: Tensor | None,
         text_embeds: Tensor,
         text_lens: Tensor | None = None,
         *,
         levels: Tensor | None = None,
         level_index: Tensor | None = None,
-    ) -> Tensor:
+        extra: Sequence[Segment] = (),
+        extra_t: Tensor | None = None,
+        budget: int | None = None,
+    ) -> Tensor | list[Tensor]:
         """latents (B, C, T, H, W), text_embeds (B, L, Dt) → prediction (B, C', T, H, W) in fp32.
 
         t (B,) in [0, 1] is each sample's noise level, 1 pure noise. With `levels` (B, K) and
         `level_index` (B, N) token n has level `levels[b, level_index[b, n]]` and t is not read.
+        `extra` segments are given beside the latents, at level `extra_t` (B,), clean without.
         Rows of text_embeds from `text_lens[b]` on are zero padding that is attended to; they cost
         as much as one row. Keep text_lens (B,) on the CPU: its maximum is read on the host.
-        Raises ValueError for shapes the patch size does not divide.
+
+        A pack is a list of B videos of any sizes, which bring level_index and extra along; so is
+        its result, (C', T, H, W) each. With `budget` it is padded to as many tokens and the text
+        to L: all packs of B have the same shapes then, so that one compiled graph serves them.
+
+        Raises:
+            ValueError: a size that the patch size does not divide, or a pack above its budget.
         """
-        grid = self.config.grid(latents.shape[2:])
         if levels is None:
             if t is None:
                 raise ValueError("DiT needs t (B,), or levels (B, K) with level_index (B, N)")
             levels, level_index = t[:, None], None
-        one_hot = None
-        if level_index is not None:
-            one_hot = F.one_hot(level_index, levels.shape[1]).float()  # (B, N, K)
-        rope = self.rope(grid, latents.device)
+        is_pack = not isinstance(latents, Tensor)
+        if extra or budget or (is_pack and any(video.extra for video in latents)):
+            clean = torch.zeros_like(levels[:, 0]) if extra_t is None else extra_t
+            levels = torch.cat((levels, clean[:, None]), 1)
+        text, blocks = self._text(text_embeds, text_lens, trim=budget is None), None
+        if is_pack:
+            sequence = self.sequencer.pack(latents, levels.shape[1], budget)
+            text, blocks = self._blocks(sequence, text, budget)
+        else:
+            sequence = self.sequencer.batch(latents, levels.shape[1], level_index, extra)
         time, modulation = self._modulation(levels)
-        text = self._text(text_embeds, text_lens)
-        x = self.patch_embed(patchify(latents, self.config.patch_size))  # (B, N, D)
+        x = self.patch_embed(sequence.patches)  # (B, N, D)
         for block in self.blocks:
-            x = block(x, text, modulation, one_hot, rope)
+            x = self._run(block, x, text, modulation, sequence.rows, sequence.rope, blocks)
         shift, scale = time + self.modulation[:, None, None]  # each (B, K, D)
-        x = self.head(ModulatedNorm.apply(x, shift, scale, one_hot, self.config.eps))
-        return unpatchify(x.float(), self.config.patch_size, grid)
+        x = self.head(ModulatedNorm.apply(x, shift, scale, sequence.rows, self.config.eps))
+        videos = self.sequencer.videos(x.float(), sequence)
+        return [video[0] for video in videos] if is_pack else videos[0]
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self._checkpointing == "none" or not torch.is_grad_enabled():
+            return block(*inputs)
+        contexts = _KEEP_PRODUCTS if self._checkpointing == "selective" else noop_context_fn
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def _blocks(
+        self, sequence: TokenSequence, text: TextTokens, budget: int | None
+    ) -> tuple[TextTokens, Blocks]:
+        """The text with its blocks, and those of self-attention, for the samples of a pack.
+
+        Padding is a sample of its own that nobody else sees; it may read the last one's text.
+        """
+        lengths, device = sequence.lengths, sequence.patches.device
+        readers = (*lengths[:-1], lengths[-1] + sequence.num_pads)
+        num_keys = text.tokens.shape[1] + (0 if device.type == "cpu" else text.num_pads - 1)
+        keys = (num_keys,) * len(readers)
+        bound = 0 if budget is None else max(budget, num_keys)
+        padded = lengths if budget is None else (*lengths, sequence.num_pads)
+        blocks = Blocks.of(padded, padded, device, bound)
+        return replace(text, blocks=Blocks.of(readers, keys, device, bound)), blocks
+
+    def set_checkpointing(self, kind: str) -> None:
+        """What the backward pass finds of each block: `none` recomputes nothing; `selective` the
+        cheap steps between products and attention; `full` all but the block's input.
+
+        Raises:
+            ValueError: another kind.
+        """
+        if kind not in CHECKPOINTING:
+            raise ValueError(f"activation checkpointing {kind!r} must be one of {CHECKPOINTING}")
+        self._checkpointing = kind
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile each block, alike ones share the code; names of weights stay."""
+        for block in self.blocks:
+            block.compile(**options)
 
     def _modulation(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """levels (B, K) → time embedding (B, K, D) and its projection (6, B, K, D), fp32."""
@@ -229,10 +309,10 @@ class DiT(nn.Module):
             time = self.time_embed(timestep_embedding(levels, self.config.freq_dim))  # (B, K, D)
             return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)).movedim(2, 0)
 
-    def _text(self, embeds: Tensor, lens: Tensor | None) -> TextTokens:
+    def _text(self, embeds: Tensor, lens: Tensor | None, trim: bool) -> TextTokens:
         """Project the text; of its padding only one row where that saves anything."""
         length, used = embeds.shape[1], embeds.shape[1]
-        if lens is not None and lens.device.type == "cpu":
+        if trim and lens is not None and lens.device.type == "cpu":
             used = int(lens.max())
         num_pads = length - used
         if num_pads > 1:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,16 +19,22 @@ GELU_CUBIC = 0.044715
 CHUNK = 1 << 17  # elements worked on at a time on a CPU: the pieces stay in the cache
 
 
-def spread(values: Tensor, one_hot: Tensor | None) -> Tensor:
-    """Per level (B, K, D) → per token (B, N, D) by `one_hot` (B, N, K); (B, 1, D) without."""
-    return values if one_hot is None else torch.bmm(one_hot, values)
+def spread(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Per level (B, K, D) → per token (B, N, D): `rows` are rows of (B·K, D); (B, 1, D) without."""
+    return values if rows is None else F.embedding(rows, values.flatten(0, 1))
 
 
-def collect(grad: Tensor, one_hot: Tensor | None) -> Tensor:
-    """Gradient of `spread`: sums over the tokens of each level, (B, N, D) → (B, K, D)."""
-    if one_hot is None:
+def collect(grad: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Gradient of `spread`: sums over the tokens of each level, (B, N, D) → (B, K, D) of `like`."""
+    if rows is None:
         return grad.sum(1, keepdim=True)
-    return torch.bmm(one_hot.transpose(1, 2), grad)
+    num_rows = like.shape[0] * like.shape[1]
+    grad, rows = grad.flatten(0, 1), rows.flatten()
+    if grad.device.type == "cpu":
+        sums = grad.new_zeros(num_rows, grad.shape[1]).index_add_(0, rows, grad)
+    else:  # a matrix product sums in a fixed order, atomic additions would not
+        sums = F.one_hot(rows, num_rows).float().T @ grad
+    return sums.view_as(like)
 
 
 class ModulatedNorm(Function):
@@ -35,7 +42,7 @@ class ModulatedNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, one_hot: Tensor | None, eps: float
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
@@ -44,19 +51,20 @@ class ModulatedNorm(Function):
             length = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
             rstd = (length.square() / x.shape[-1] + eps).rsqrt()
             normed.mul_(rstd)
-            out = torch.addcmul(spread(shift, one_hot), normed, 1 + spread(scale, one_hot))
-        ctx.save_for_backward(x, mean, rstd, scale, one_hot)
+            out = torch.addcmul(spread(shift, rows), normed, spread(1 + scale, rows))
+        ctx.save_for_backward(x, mean, rstd, scale, rows)
         return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, scale, one_hot = ctx.saved_tensors
+        x, mean, rstd, scale, rows = ctx.saved_tensors
         grad, wide = grad.float(), x.float()
         normed = (wide - mean).mul_(rstd)
-        d_shift, d_scale = collect(grad, one_hot), collect(normed.mul_(grad), one_hot)
+        d_shift = collect(grad, rows, scale)
+        d_scale = collect(normed.mul_(grad), rows, scale)
         d_x = torch.ops.aten.native_layer_norm_backward(
-            grad * (1 + spread(scale, one_hot)),
+            grad * spread(1 + scale, rows),
             wide,
             wide.shape[-1:],
             mean,
@@ -72,20 +80,18 @@ class GatedAdd(Function):
     """x + gate·branch; x, branch (B, N, D), gate (B, K, D) fp32."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, one_hot: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(branch, gate, one_hot)
+    def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
+        ctx.save_for_backward(branch, gate, rows)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.addcmul(x.float(), branch.float(), spread(gate, one_hot)).to(x.dtype)
+            return torch.addcmul(x.float(), branch.float(), spread(gate, rows)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        branch, gate, one_hot = ctx.saved_tensors
+        branch, gate, rows = ctx.saved_tensors
         wide = grad.float()
-        d_gate = collect(wide * branch.float(), one_hot)
-        return grad, (wide * spread(gate, one_hot)).to(branch.dtype), d_gate, None
+        d_gate = collect(wide * branch.float(), rows, gate)
+        return grad, (wide * spread(gate, rows)).to(branch.dtype), d_gate, None
 
 
 class NormRotateHeads(Function):
@@ -159,7 +165,7 @@ class ChannelNormSilu(Function):
         with torch.autocast(x.device.type, enabled=False):
             for piece, out_piece in zip(_pieces(rows), _pieces(out), strict=True):
                 normed, _ = _unit(piece, gain)
-                out_piece.copy_(torch.nn.functional.silu(normed.mul_(weight), inplace=True))
+                out_piece.copy_(F.silu(normed.mul_(weight), inplace=True))
         ctx.save_for_backward(rows, weight)
         ctx.shape = x.movedim(1, -1).shape
         return out.view(ctx.shape).movedim(-1, 1)

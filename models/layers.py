@@ -4,6 +4,7 @@ Layout of tokens (B, N, D).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +57,20 @@ class RotaryTable:
         self.num_heads = num_heads
         self.dims = (head_dim - 2 * space, space, space)
         self.theta = theta
-        self.cache: dict[tuple[tuple[int, int, int], torch.device], Tensor] = {}
+        self.cache: dict[tuple[tuple[int, int, int], float, torch.device], Tensor] = {}
 
-    def __call__(self, grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        """exp(i·angle) (N, H, Dh/2), complex64, for tokens in (T, H, W) order."""
-        key = (grid, device)
+    def __call__(
+        self, grid: tuple[int, int, int], device: torch.device, start: float = 0.0
+    ) -> Tensor:
+        """exp(i·angle) (N, H, Dh/2), complex64, for tokens in (T, H, W) order, T from `start`."""
+        key = (grid, start, device)
         if key not in self.cache:
             axes = torch.meshgrid(
-                *(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij"
+                *(
+                    torch.arange(size, dtype=torch.float64) + first
+                    for size, first in zip(grid, (start, 0, 0), strict=True)
+                ),
+                indexing="ij",
             )
             angles = torch.cat(
                 [
@@ -72,13 +79,23 @@ class RotaryTable:
                 ],
                 dim=1,
             )  # (N, Dh/2)
-            if len(self.cache) > 64:  # buckets are few; random sizes must not pile up
-                self.cache.clear()
+            if len(self.cache) >= 64:  # buckets are few; random sizes must not pile up
+                self.cache.pop(next(iter(self.cache)))
             turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
             # A table that broadcasts over heads is half as fast on a CPU.
             turns = turns[:, None].expand(-1, self.num_heads, -1)
             self.cache[key] = turns.contiguous() if device.type == "cpu" else turns
         return self.cache[key]
+
+
+def token_grid(shape: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Token grid of latents (T, H, W). ValueError where the patch does not divide them."""
+    if any(size % step for size, step in zip(shape, patch, strict=True)):
+        raise ValueError(
+            f"latents of (T, H, W) = {tuple(shape)} must be divisible by model.patch_size={patch}"
+        )
+    frames, height, width = (size // step for size, step in zip(shape, patch, strict=True))
+    return frames, height, width
 
 
 def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:

@@ -50,7 +50,9 @@ def test_channel_norm_silu(layout: torch.memory_format) -> None:
 def test_attention(
     with_bias: bool, explicit_max_keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longtake.models.attention.EXPLICIT_MAX_KEYS", explicit_max_keys)
+    monkeypatch.setattr(
+        "longtake.models.attention.EXPLICIT_MAX_KEYS", {torch.float32: explicit_max_keys}
+    )
     bias = torch.tensor([0.0, 0.0, 1.5, 0.3, 0.0]) if with_bias else None
 
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def test_modulated_norm_and_gate(num_levels: int) -> None:
     x, branch = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
     shift, scale, gate = torch.randn(3, 2, num_levels, 6).unbind(0)
     index = torch.randint(0, num_levels, (2, 4))
-    one_hot = F.one_hot(index, num_levels).float() if num_levels > 1 else None
+    rows = index + num_levels * torch.arange(2)[:, None] if num_levels > 1 else None
     per_token = index[..., None].expand(-1, -1, 6)
 
     def plain(x: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -78,8 +80,8 @@ def test_modulated_norm_and_gate(num_levels: int) -> None:
         return (F.layer_norm(x, (6,)) * (1 + scale) + shift) + gate * branch
 
     def found(x: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        normed = fused.ModulatedNorm.apply(x, shift, scale, one_hot, 1e-5)
-        return fused.GatedAdd.apply(normed, branch, gate, one_hot)
+        normed = fused.ModulatedNorm.apply(x, shift, scale, rows, 1e-5)
+        return fused.GatedAdd.apply(normed, branch, gate, rows)
 
     same(found, plain, x, branch, shift, scale, gate)
 
