@@ -33,10 +33,10 @@ class Blocks:
         cls, queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device, bound: int = 0
     ) -> Self:
         """Blocks of these lengths; a `bound` on all of them keeps compiled graphs alike."""
-        ends = [
+        query_ends, key_ends = (
             torch.tensor((0, *lengths)).cumsum(0).int().to(device) for lengths in (queries, keys)
-        ]
-        return cls(queries, keys, *ends, bound or max(*queries, *keys))
+        )
+        return cls(queries, keys, query_ends, key_ends, bound or max(*queries, *keys))
 
 
 def attention(
@@ -86,7 +86,7 @@ def _by_block(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, blocks: 
     values = v.split(blocks.keys, 2)
     out = list(queries)
     for members in alike.values():
-        batch = (torch.cat([parts[i] for i in members]) for parts in (queries, keys, values))
-        for index, one in zip(members, _dense(*batch, key_bias).split(1), strict=True):
+        q, k, v = (torch.cat([parts[i] for i in members]) for parts in (queries, keys, values))
+        for index, one in zip(members, _dense(q, k, v, key_bias).split(1), strict=True):
             out[index] = one
     return torch.cat(out, 2)

@@ -203,7 +203,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         dim, patch_volume = config.hidden_size, math.prod(config.patch_size)
-        self._checkpointing = "none"
+        self.checkpointing = "none"
         self.sequencer = Sequencer(config.patch_size, config.num_heads, config.head_dim)
         self.patch_embed = nn.Linear(config.in_channels * patch_volume, dim)
         self.time_embed = MLP(config.freq_dim, dim, dim, "silu")
@@ -266,9 +266,9 @@ class DiT(nn.Module):
         return [video[0] for video in videos] if is_pack else videos[0]
 
     def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self._checkpointing == "none" or not torch.is_grad_enabled():
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
             return block(*inputs)
-        contexts = _KEEP_PRODUCTS if self._checkpointing == "selective" else noop_context_fn
+        contexts = _KEEP_PRODUCTS if self.checkpointing == "selective" else noop_context_fn
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
     def _blocks(
@@ -296,7 +296,7 @@ class DiT(nn.Module):
         """
         if kind not in CHECKPOINTING:
             raise ValueError(f"activation checkpointing {kind!r} must be one of {CHECKPOINTING}")
-        self._checkpointing = kind
+        self.checkpointing = kind
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile each block, alike ones share the code; names of weights stay."""

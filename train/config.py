@@ -41,7 +41,7 @@ FREE_KEYS = (
         "train.timeout",
     ),
     *("train.deterministic", "data.num_workers", "data.prefetch_factor", "data.decoder"),
-    "vae.checkpoint_blocks",
+    *("vae.checkpoint_blocks", "speed"),
     *("data.decode_timeout", "data.decode_memory", "data.cache"),
     *("data.val", "data.max_bad_fraction", "data.train.*.path", "data.train.*.catalogue"),
 )

@@ -91,6 +91,9 @@ class DiTTask:
         text = TextEncoder(config.text) if config.text.kind == "bytes" else None
         self.module = TextToVideo(DiT(config.model), text, config.text.max_length)
         freeze(self.module, config.freeze)
+        self.module.dit.set_checkpointing(config.speed.checkpointing)
+        if config.speed.compile:
+            self.module.dit.compile_blocks()
         self.patch_size = config.model.patch_size
         self.prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"
         self._empty = self._empty_text()

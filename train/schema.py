@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from longtake.data.config import DataConfig
 from longtake.models.conditioning import check_tasks
-from longtake.models.dit import DiTConfig
+from longtake.models.dit import CHECKPOINTING, DiTConfig
 from longtake.models.flow import TimestepConfig
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import TextConfig
@@ -125,6 +125,17 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """How the DiT is computed, not what; older runs computed plainly."""
+
+    checkpointing: str = "none"  # none | selective | full: activations computed anew for gradients
+    compile: bool = False  # torch.compile each block
+
+    def __post_init__(self) -> None:
+        choice("speed.checkpointing", self.checkpointing, CHECKPOINTING)
+
+
+@dataclass(frozen=True)
 class PixelsConfig:
     """Mean and deviation of the pixels in [-1, 1], with which codec=identity normalises them."""
 
@@ -231,6 +242,7 @@ class DiTRun(RunConfig):
     samples: SamplesConfig
     evaluation: EvaluationConfig
     lora: LoraConfig | None = None  # null: full fine-tuning
+    speed: SpeedConfig = SpeedConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,8 +45,9 @@ def with_coordinates(theirs: Any, frames: Sequence[int]) -> None:
     theirs.rope.forward = forward
 
 
-@pytest.mark.parametrize("name", ["two heads", "no cross norm, other patch"])
-@pytest.mark.parametrize("given_t", [None, 0.1])
+@pytest.mark.parametrize(
+    ("name", "given_t"), [("two heads", None), ("no cross norm, other patch", 0.1)]
+)
 def test_segments_stand_at_their_place(name: str, given_t: float | None) -> None:
     """Copies of a frame of the video and of later ones, behind it: as a peer that holds them in one
     sequence with the same coordinates and a timestep per token."""
@@ -113,9 +114,16 @@ def same(dit: DiT, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(grad, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", ["two heads", "no cross norm, other patch"])
-@pytest.mark.parametrize("spare", [None, 0, 13])
+@pytest.mark.parametrize(
+    ("name", "mix", "spare"),
+    [
+        ("two heads", "odd grids", None),
+        ("two heads", "alike and segments", 13),
+        ("two heads", "above the explicit kernel", 0),
+        ("no cross norm, other patch", "odd grids", 0),
+        ("no cross norm, other patch", "alike and segments", None),
+    ],
+)
 def test_pack_equals_its_samples(name: str, mix: str, spare: int | None) -> None:
     dit = dit_from_diffusers(peer(name))
     videos, rest = draw(dit, MIXES[mix])

@@ -84,6 +84,7 @@ def test_types_are_those_of_the_schema() -> None:
         (["caption_dropout=1.5"], ["caption_dropout=1.5"]),
         (["loss.weighting=frame"], ["loss.weighting=frame", "token"]),
         (["timesteps.shift=0"], ["timesteps.shift=0"]),
+        (["speed.checkpointing=some"], ["speed.checkpointing=some", "selective"]),
         (["samples.guidance_scale=0.5"], ["guidance_scale=0.5"]),
         (["validation.noise_levels=[0]"], ["validation.noise_levels"]),
         (["ema.decay=1"], ["ema.decay=1"]),

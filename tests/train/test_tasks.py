@@ -117,6 +117,13 @@ def test_the_sum_does_not_depend_on_the_slicing(shards: Path) -> None:
     assert task.loss(engine, joined).total.item() == pytest.approx(whole, rel=1e-6)
 
 
+def test_speed_options_reach_the_model(shards: Path) -> None:
+    assert dit_task(shards).module.dit.checkpointing == "none"
+    task = dit_task(shards, "speed.checkpointing=full", "speed.compile=true")
+    assert task.module.dit.checkpointing == "full"
+    assert all(block._compiled_call_impl is not None for block in task.module.dit.blocks)
+
+
 def test_captions_are_dropped_at_the_rate_asked_for(shards: Path) -> None:
     task = dit_task(shards, "caption_dropout=0.5")
     plan = Plan.from_config(task.config.data, 0)
