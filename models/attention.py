@@ -15,7 +15,7 @@ EXPLICIT_MAX_KEYS = {torch.float32: 128, torch.bfloat16: 3072}
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Documents:
     """Samples that share one sequence: queries of sample i see its keys and no others.
 
     The lengths of both add up to the sequences; `ends` are their running sums (samples + 1) from 0
@@ -32,7 +32,7 @@ class Blocks:
     def of(
         cls, queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device, bound: int = 0
     ) -> Self:
-        """Blocks of these lengths; a `bound` on all of them keeps compiled graphs alike."""
+        """Documents of these lengths; a `bound` on all of them keeps compiled graphs alike."""
         query_ends, key_ends = (
             torch.tensor((0, *lengths)).cumsum(0).int().to(device) for lengths in (queries, keys)
         )
@@ -45,23 +45,23 @@ def attention(
     v: Tensor,
     *,
     key_bias: Tensor | None = None,
-    blocks: Blocks | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Softmax attention, softmax(q·kᵀ/√Dh + key_bias)·v.
 
     q (B, H, N, Dh), k and v (B, H, L, Dh) → (B, H, N, Dh). `key_bias` (L,) is added to the logits
-    of every query: log(n) makes one key stand for n equal ones. With `blocks` B is 1, attention
-    is block-diagonal, and the bias is that of each block's keys.
+    of every query: log(n) makes one key stand for n equal ones. With `documents` B is 1,
+    attention is block-diagonal, and the bias is that of each document's keys.
     """
-    if blocks is None:
+    if documents is None:
         return _dense(q, k, v, key_bias)
     if key_bias is None and has_varlen(q):
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, H, Dh)
-        ends, longest = (blocks.query_ends, blocks.key_ends), blocks.max_tokens
+        ends, longest = (documents.query_ends, documents.key_ends), documents.max_tokens
         out = varlen_attn(q, k, v, *ends, longest, longest)
         assert isinstance(out, Tensor)
         return out.transpose(0, 1)[None]
-    return _by_block(q, k, v, key_bias, blocks)
+    return _by_document(q, k, v, key_bias, documents)
 
 
 def has_varlen(q: Tensor) -> bool:
@@ -77,13 +77,15 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _by_block(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, blocks: Blocks) -> Tensor:
-    """Exact everywhere: blocks of equal lengths are a batch."""
+def _by_document(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, documents: Documents
+) -> Tensor:
+    """Exact everywhere: documents of equal lengths are a batch."""
     alike: dict[tuple[int, int], list[int]] = {}
-    for index, lengths in enumerate(zip(blocks.queries, blocks.keys, strict=True)):
+    for index, lengths in enumerate(zip(documents.queries, documents.keys, strict=True)):
         alike.setdefault(lengths, []).append(index)
-    queries, keys = q.split(blocks.queries, 2), k.split(blocks.keys, 2)
-    values = v.split(blocks.keys, 2)
+    queries, keys = q.split(documents.queries, 2), k.split(documents.keys, 2)
+    values = v.split(documents.keys, 2)
     out = list(queries)
     for members in alike.values():
         q, k, v = (torch.cat([parts[i] for i in members]) for parts in (queries, keys, values))

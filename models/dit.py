@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from longtake.models.attention import Blocks, attention
+from longtake.models.attention import Documents, attention
 from longtake.models.fused import GatedAdd, ModulatedNorm, NormRotateHeads
 from longtake.models.layers import MLP, timestep_embedding, token_grid
 from longtake.models.tokens import Segment, Sequencer, TokenSequence, Video
@@ -94,12 +94,12 @@ class DiTConfig:
 class TextTokens:
     """Projected text (B, L', D) whose last row stands for `num_pads` equal padding rows.
 
-    In a pack `blocks` tells which tokens see which sample's text.
+    In a pack `documents` tells which tokens see which sample's text.
     """
 
     tokens: Tensor
     num_pads: int
-    blocks: Blocks | None = None
+    documents: Documents | None = None
 
 
 class SelfAttention(nn.Module):
@@ -126,10 +126,10 @@ class SelfAttention(nn.Module):
         for gain in (self.norm_q, self.norm_k):
             nn.init.constant_(gain, max(1.0, (128 * self.num_heads / dim) ** 0.5))
 
-    def forward(self, x: Tensor, rope: Tensor, blocks: Blocks | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, documents: Documents | None) -> Tensor:
         weight = torch.stack((self.norm_q, self.norm_k))
         q, k, v = NormRotateHeads.apply(self.qkv(x), weight, rope, self.num_heads, self.eps)
-        h = attention(q, k, v, blocks=blocks)  # (B, H, N, Dh)
+        h = attention(q, k, v, documents=documents)  # (B, H, N, Dh)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
@@ -157,9 +157,9 @@ class CrossAttention(nn.Module):
             bias[-1] = math.log(text.num_pads)
         elif text.num_pads > 1:  # repeated keys need no mask, so flash kernels stay usable
             k, v = _repeat_last(k, text.num_pads), _repeat_last(v, text.num_pads)
-        if text.blocks is not None:
+        if text.documents is not None:
             k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (k, v))  # (1, H, B·L, Dh)
-        h = attention(q, k, v, key_bias=bias, blocks=text.blocks)
+        h = attention(q, k, v, key_bias=bias, documents=text.documents)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
@@ -183,13 +183,13 @@ class Block(nn.Module):
         modulation: Tensor,
         rows: Tensor | None,
         rope: Tensor,
-        blocks: Blocks | None,
+        documents: Documents | None,
     ) -> Tensor:
         """x (B, N, D), modulation (6, B, K, D) fp32, rows (B, N) of (B·K, D) → (B, N, D)."""
         table = self.modulation[:, None, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation + table  # each (B, K, D)
         h = ModulatedNorm.apply(x, shift1, scale1, rows, self.eps)
-        x = GatedAdd.apply(x, self.self_attn(h, rope, blocks), gate1, rows)
+        x = GatedAdd.apply(x, self.self_attn(h, rope, documents), gate1, rows)
         h = x if self.norm_cross is None else self.norm_cross(x).to(x.dtype)
         x = x + self.cross_attn(h, text)
         h = ModulatedNorm.apply(x, shift2, scale2, rows, self.eps)
@@ -240,26 +240,29 @@ class DiT(nn.Module):
         to L: all packs of B have the same shapes then, so that one compiled graph serves them.
 
         Raises:
-            ValueError: a size that the patch size does not divide, or a pack above its budget.
+            ValueError: a size that the patch size does not divide, a pack above its budget, or an
+                argument that belongs to the other form.
         """
         if levels is None:
             if t is None:
                 raise ValueError("DiT needs t (B,), or levels (B, K) with level_index (B, N)")
             levels, level_index = t[:, None], None
         is_pack = not isinstance(latents, Tensor)
+        if budget if not is_pack else extra or level_index is not None:
+            raise ValueError("budget is for packs, whose videos bring level_index and extra along")
         if extra or budget or (is_pack and any(video.extra for video in latents)):
             clean = torch.zeros_like(levels[:, 0]) if extra_t is None else extra_t
             levels = torch.cat((levels, clean[:, None]), 1)
-        text, blocks = self._text(text_embeds, text_lens, trim=budget is None), None
+        text, documents = self._text(text_embeds, text_lens, trim=budget is None), None
         if is_pack:
             sequence = self.sequencer.pack(latents, levels.shape[1], budget)
-            text, blocks = self._blocks(sequence, text, budget)
+            text, documents = self._documents(sequence, text, budget)
         else:
             sequence = self.sequencer.batch(latents, levels.shape[1], level_index, extra)
         time, modulation = self._modulation(levels)
         x = self.patch_embed(sequence.patches)  # (B, N, D)
         for block in self.blocks:
-            x = self._run(block, x, text, modulation, sequence.rows, sequence.rope, blocks)
+            x = self._run(block, x, text, modulation, sequence.rows, sequence.rope, documents)
         shift, scale = time + self.modulation[:, None, None]  # each (B, K, D)
         x = self.head(ModulatedNorm.apply(x, shift, scale, sequence.rows, self.config.eps))
         videos = self.sequencer.videos(x.float(), sequence)
@@ -271,21 +274,22 @@ class DiT(nn.Module):
         contexts = _KEEP_PRODUCTS if self.checkpointing == "selective" else noop_context_fn
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
-    def _blocks(
+    def _documents(
         self, sequence: TokenSequence, text: TextTokens, budget: int | None
-    ) -> tuple[TextTokens, Blocks]:
-        """The text with its blocks, and those of self-attention, for the samples of a pack.
+    ) -> tuple[TextTokens, Documents]:
+        """What the samples of a pack may see: of the text, kept with it, and of each other.
 
         Padding is a sample of its own that nobody else sees; it may read the last one's text.
         """
         lengths, device = sequence.lengths, sequence.patches.device
         readers = (*lengths[:-1], lengths[-1] + sequence.num_pads)
+        # On a GPU the cross-attention repeats the key of the padding.
         num_keys = text.tokens.shape[1] + (0 if device.type == "cpu" else text.num_pads - 1)
         keys = (num_keys,) * len(readers)
         bound = 0 if budget is None else max(budget, num_keys)
         padded = lengths if budget is None else (*lengths, sequence.num_pads)
-        blocks = Blocks.of(padded, padded, device, bound)
-        return replace(text, blocks=Blocks.of(readers, keys, device, bound)), blocks
+        text = replace(text, documents=Documents.of(readers, keys, device, bound))
+        return text, Documents.of(padded, padded, device, bound)
 
     def set_checkpointing(self, kind: str) -> None:
         """What the backward pass finds of each block: `none` recomputes nothing; `selective` the

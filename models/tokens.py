@@ -120,10 +120,10 @@ class Sequencer:
         num_pads = 0 if budget is None else budget - sum(lengths)
         if num_pads < 0:
             raise ValueError(f"a pack of {sum(lengths)} tokens is over its budget={budget}")
-        patches, rope = torch.cat([p.patches for p in parts], 1), torch.cat([p.rope for p in parts])
+        spare = parts[-1].rope[-1:].expand(num_pads, -1, -1)
         return TokenSequence(
-            F.pad(patches, (0, 0, 0, num_pads)),
-            torch.cat((rope, rope[-1:].expand(num_pads, -1, -1))),
+            F.pad(torch.cat([part.patches for part in parts], 1), (0, 0, 0, num_pads)),
+            torch.cat([*(part.rope for part in parts), spare]),
             F.pad(torch.cat(rows, 1), (0, num_pads)),
             tuple(part.grids[0] for part in parts),
             lengths,

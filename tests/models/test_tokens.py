@@ -16,7 +16,7 @@ from longtake.models import attention
 from longtake.models.dit import CHECKPOINTING, DiT
 from longtake.models.interop import dit_from_diffusers
 from longtake.models.tokens import Segment, Video
-from tests.models.test_dit import compare, inputs, peer
+from tests.models.test_dit import TINY, compare, inputs, peer, randomise
 
 # (T, H, W) in patches, words of the text, frames (in patches) of segments at their starts.
 Sample = tuple[tuple[int, int, int], int, dict[float, int]]
@@ -99,7 +99,7 @@ def draw(dit: DiT, mix: list[Sample]) -> tuple[list[Video], dict[str, Tensor]]:
 def gradients(dit: DiT, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     dit.zero_grad()
-    weights = [torch.randn(one.shape, generator=generator) for one in outputs]
+    weights = [torch.randn(one.shape, generator=generator).to(one.device) for one in outputs]
     parts = [o.numel() ** -0.5 * (w * o).sum() for o, w in zip(outputs, weights, strict=True)]
     torch.stack(parts).sum().backward(retain_graph=True)
     return {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
@@ -149,6 +149,32 @@ def test_pack_of_plain_timesteps() -> None:
     latents, t, text = inputs(peer("two heads"))
     found = dit([Video(one) for one in latents], t, text)
     same(dit, found, list(dit(latents, t, text).unbind()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel for packs needs CUDA")
+def test_pack_on_a_gpu_equals_its_samples() -> None:
+    """In bf16 with the kernel for packed sequences, against fp32 by document."""
+    dit = DiT(replace(TINY, hidden_size=64))
+    randomise(dit)
+    videos, rest = draw(dit.cuda(), MIXES["alike and segments"])
+    videos = [
+        Video(
+            video.latents.cuda(),
+            None if video.level_index is None else video.level_index.cuda(),
+            [replace(s, latents=s.latents.cuda()) for s in video.extra],
+        )
+        for video in videos
+    ]
+    rest = {name: x if name == "text_lens" else x.cuda() for name, x in rest.items()}
+    expected = dit(videos, None, **rest)
+    wanted = gradients(dit, expected)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = dit(videos, None, budget=256, **rest)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().mean() < 0.03 * other.abs().mean()
+    for name, grad in gradients(dit, found).items():
+        assert (grad - wanted[name]).norm() < 0.1 * wanted[name].norm() + 1e-3, name
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, *ends_and_bounds: Any) -> Tensor:
@@ -227,5 +253,8 @@ def test_wrong_sequences_are_refused() -> None:
     for wrong, rule in ((latents[:2], "must be of the samples"), (latents[..., :3], "divisible")):
         with pytest.raises(ValueError, match=rule):
             dit(latents, t, text, extra=[Segment(wrong, 0.0)])
+    for wrong in ({"budget": 60}, {"extra": [Segment(latents, 0.0)]}):
+        with pytest.raises(ValueError, match="budget is for packs"):
+            dit(latents if "budget" in wrong else videos, t, text, **wrong)
     with pytest.raises(ValueError, match="'some' must be one of"):
         dit.set_checkpointing("some")
