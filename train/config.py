@@ -31,6 +31,7 @@ FREE_KEYS = (
     *("output_dir", "resume", "vae_run", "tracking", "export", "samples", "validation"),
     "evaluation",
     *("engine.strategy", "engine.zero_stage", "engine.offload"),
+    "engine.offload_path",
     *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
     *(
         "train.loss_jump",

@@ -17,7 +17,7 @@ from torch import nn
 
 from longtake.train.optim import OptimConfig, build_adamw, create_state
 from longtake.train.ranks import Ranks
-from longtake.train.strategy import MOMENTS, StateRange, StepResult, detached, whole
+from longtake.train.strategy import MOMENTS, StateRange, StepResult, clipped_step, detached, whole
 
 # torch 2.13 renamed it and warns of the old name, older ones know only that
 _NEW = hasattr(dist, "all_gather_single")
@@ -129,15 +129,7 @@ class ReplicatedStrategy:
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         norms = torch._foreach_norm(gradients)
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()  # waits for the device
-        finite = norm < float("inf")
-        if finite:
-            if 0 < max_grad_norm < norm:
-                torch._foreach_mul_(gradients, max_grad_norm / (norm + 1e-6))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, skipped=not finite)
+        return clipped_step(self.optimizer, gradients, norm, lr, max_grad_norm)
 
     def held_ranges(self) -> Iterator[StateRange]:
         for name, parameter in self.named.items():

@@ -13,15 +13,17 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from longtake.train.ddp_engine import ReplicatedStrategy
+from longtake.train.disk import zeros_on_disk
 from longtake.train.optim import OptimConfig, build_adamw, create_state
-from longtake.train.ranks import Ranks
+from longtake.train.ranks import Ranks, join_alone
 from longtake.train.strategy import MOMENTS, StateRange, StepResult, Strategy, detached
 
 if TYPE_CHECKING:
@@ -65,9 +67,7 @@ def initialize(
     """DeepSpeed's engine around module and optimizer, without compiling any extension."""
     deepspeed = import_deepspeed(ranks.device.type)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # it reads its device from there
-    if not dist.is_initialized():  # alone: DeepSpeed wants a group all the same
-        backend = "gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    join_alone(ranks)
     backend = "gloo" if ranks.device.type == "cpu" else "nccl"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     engine, *_ = deepspeed.initialize(
@@ -92,7 +92,7 @@ def deepspeed_json(module: nn.Module, config: EngineConfig, world_size: int) -> 
         # Stage 3 keeps parameters below this size whole; of a small model it shards most as well.
         "stage3_param_persistence_threshold": min(100_000, numel // 100),
     }
-    if config.offload == "cpu":
+    if config.offload != "none":  # the moments' files are ours: see train/disk.py
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": world_size,
@@ -145,7 +145,11 @@ class ShardedDeepSpeed:
         self.engine = initialize(module, build_adamw(module, optimizer_config), config, ranks)
         self.zero = self.engine.optimizer
         self.adamw = self.engine.basic_optimizer
-        self.step_counters = [create_state(self.adamw, p)["step"] for p in self.flat_masters()]
+        zeros = torch.zeros_like
+        if config.offload == "nvme" and config.offload_path is not None:
+            zeros = partial(zeros_on_disk, folder=Path(config.offload_path))
+        states = [create_state(self.adamw, master, zeros) for master in self.flat_masters()]
+        self.step_counters = [state["step"] for state in states]
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
         self.accumulation = ExitStack()

@@ -31,19 +31,20 @@ __all__ = [
     "single_process",
 ]
 
-STRATEGIES = ("ddp", "deepspeed")
+STRATEGIES = ("ddp", "fsdp2", "deepspeed")
 PRECISIONS = ("bf16", "fp32")
-OFFLOADS = ("none", "cpu")
+OFFLOADS = ("none", "cpu", "nvme")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """How the state is held on the ranks; the losses do not depend on it."""
 
-    strategy: str  # ddp | deepspeed
+    strategy: str  # ddp | fsdp2 | deepspeed
     zero_stage: int  # deepspeed only: 0 replicate, 1 shard moments, 2 gradients, 3 parameters
     precision: str  # bf16: autocast over fp32 master weights | fp32
-    offload: str  # deepspeed stages 1-3: none | cpu, where moments and masters live
+    offload: str  # deepspeed stages 1-3: none | cpu: masters and moments | nvme: moments in files
+    offload_path: str | None = None  # nvme: folder of those files, on a disk of this machine
 
     def __post_init__(self) -> None:
         choices = (("strategy", STRATEGIES), ("precision", PRECISIONS), ("offload", OFFLOADS))
@@ -61,6 +62,16 @@ class EngineConfig:
                 f"engine.offload={self.offload} needs engine.strategy=deepspeed and "
                 f"engine.zero_stage >= 1, got {self.strategy} with stage {self.zero_stage}"
             )
+        if (self.offload == "nvme") != (self.offload_path is not None):
+            raise ValueError(
+                f"engine.offload_path={self.offload_path} with engine.offload={self.offload}: "
+                "nvme needs a folder on a local disk, the others none (null)"
+            )
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether each rank holds only a part of every parameter, frozen ones included."""
+        return self.strategy == "fsdp2" or self.zero_stage == 3
 
 
 def native_precision(device: torch.device) -> str:
@@ -92,22 +103,16 @@ class Engine:
         check_masters(module)
         self.config = config
         self.ranks = ranks
-        self.module = module.to(ranks.device)
+        self.module = module
         self.optimizer_steps = 0
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
         self.aliases = tied_names(module)
         persistent = set(module.state_dict())
+        self.strategy = build_strategy(module, optimizer_config, config, ranks)
         self.constants = [("buffer", n, b) for n, b in module.named_buffers() if n in persistent]
-        frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
-        if config.zero_stage < 3:
+        if not config.shards_parameters:
+            frozen = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
             self.constants += [("param", name, parameter) for name, parameter in frozen]
-        self.strategy: Strategy
-        if config.strategy == "deepspeed":
-            from longtake.train.deepspeed_engine import build_deepspeed  # slow to import
-
-            self.strategy = build_deepspeed(self.module, optimizer_config, config, ranks)
-        else:
-            self.strategy = ReplicatedStrategy(self.module, optimizer_config, ranks)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of the forward: bf16 for matrix work, or fp32 unchanged."""
@@ -184,6 +189,22 @@ class Engine:
     def refresh(self) -> None:
         """Makes every rank's forward use the parameters in the owned ranges; all ranks together."""
         self.strategy.refresh()
+
+
+def build_strategy(
+    module: nn.Module, optimizer_config: OptimConfig, config: EngineConfig, ranks: Ranks
+) -> Strategy:
+    """The strategy of the config around `module`, which it moves to the ranks' device."""
+    # What is not needed is not imported: both libraries are slow to.
+    if config.strategy == "deepspeed":
+        from longtake.train.deepspeed_engine import build_deepspeed
+
+        return build_deepspeed(module.to(ranks.device), optimizer_config, config, ranks)
+    if config.strategy == "fsdp2":
+        from longtake.train.fsdp_engine import FullyShardedStrategy
+
+        return FullyShardedStrategy(module, optimizer_config, ranks)
+    return ReplicatedStrategy(module.to(ranks.device), optimizer_config, ranks)
 
 
 def check_masters(module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -157,14 +157,19 @@ def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def create_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict:
+def create_state(
+    optimizer: torch.optim.Optimizer,
+    parameter: torch.Tensor,
+    zeros: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like,
+) -> dict:
     """AdamW's state of one parameter, made now rather than at its first step.
 
-    So a checkpoint can be written before, and read into, an engine that never stepped.
+    So a checkpoint can be written before, and read into, an engine that never stepped. `zeros`
+    makes the moments.
     """
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["exp_avg"] = zeros(parameter)
+        state["exp_avg_sq"] = zeros(parameter)
     return state

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -79,13 +81,16 @@ def init_distributed(device: str = "cpu", timeout: float = 1800.0) -> Ranks:
         return single_process(this_device)
     rank = int(os.environ["RANK"])
     if not dist.is_initialized():
-        dist.init_process_group(
-            backend="gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout),
-        )
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(BACKENDS[device], rank=rank, world_size=world_size, timeout=limit)
     return Ranks(rank, world_size, local_rank, this_device)
+
+
+def join_alone(ranks: Ranks) -> None:
+    """A process group of one, for libraries that want one all the same."""
+    if not dist.is_initialized():
+        backend = BACKENDS[ranks.device.type]
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shutdown(exit_code: int | None = None) -> None:

@@ -106,6 +106,25 @@ class Strategy(Protocol):
         ...
 
 
+def clipped_step(
+    optimizer: torch.optim.Optimizer,
+    gradients: list[torch.Tensor],
+    norm: float,
+    lr: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """Steps with `gradients` clipped by their global `norm`; not at all where it is not finite."""
+    finite = norm < float("inf")
+    if finite:
+        if 0 < max_grad_norm < norm:
+            torch._foreach_mul_(gradients, max_grad_norm / (norm + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(norm, skipped=not finite)
+
+
 def detached(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by name, without their history."""
     return {name: parameter.detach() for name, parameter in module.named_parameters()}

@@ -96,7 +96,7 @@ def test_two_ranks_play_the_same_game(shards: Path, whole: Path) -> None:
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 def test_deepspeed_plays_the_same_game(shards: Path, whole: Path, strategy: str) -> None:
     folder = shards / strategy
     run_ranks(2, train_on_rank, options(shards, folder, f"engine={strategy}", task=GAN))

@@ -1,16 +1,18 @@
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from longtake.train.disk import zeros_on_disk
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
 
-STRATEGIES = [("ddp", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+STRATEGIES = [("ddp", 0), ("fsdp2", 0), *(("deepspeed", stage) for stage in range(4))]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,7 +21,7 @@ def slow_imports() -> None:
 
 
 def name_of(strategy: str, stage: int) -> str:
-    return strategy if strategy == "ddp" else f"zero{stage}"
+    return f"zero{stage}" if strategy == "deepspeed" else strategy
 
 
 def plain_loop(steps: int) -> tuple[list[list[float]], dict[str, list[float]]]:
@@ -46,15 +48,18 @@ def plain_loop(steps: int) -> tuple[list[list[float]], dict[str, list[float]]]:
         adamw.zero_grad()
         history.append([loss.item(), norm.item()])
     state = {f"param {n}": p.flatten().tolist() for n, p in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            state[f"exp_avg {name}"] = adamw.state[parameter]["exp_avg"].flatten().tolist()
     return history, state
 
 
-def train_all(ranks: Ranks, precision: str) -> dict[str, Any]:
+def train_all(ranks: Ranks, precision: str, steps: int = 5) -> dict[str, Any]:
     results = {}
     for strategy, stage in STRATEGIES:
         engine = tiny.build(ranks, strategy, stage, precision)
         ema = Ema(engine, 0.9)
-        history = tiny.train(engine, range(5), ema=ema)
+        history = tiny.train(engine, range(steps), ema=ema)
         with torch.no_grad(), ema.swapped(engine):
             mean_output = engine(torch.ones(1, 7)).float().sum().item()
         state = tiny.full_state(engine, ema)
@@ -70,7 +75,7 @@ def train_all(ranks: Ranks, precision: str) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_strategy_trains_like_the_plain_loop(world_size: int) -> None:
-    history, parameters = plain_loop(5)
+    history, expected = plain_loop(5)
     assert all(norm > 0.5 for _, norm in history), "clipping must be at work"
     first, *others = run_ranks(world_size, train_all, "fp32")
     for other in others:
@@ -84,8 +89,8 @@ def test_every_strategy_trains_like_the_plain_loop(world_size: int) -> None:
             assert norm == pytest.approx(expected_norm, rel=1e-5), name
         assert result["optimizer_steps"] == 5
         state = result["state"]
-        shared = {key: state[key] for key in parameters}
-        assert tiny.worst_difference(shared, parameters) < 1e-5, name
+        shared = {key: state[key] for key in expected}
+        assert tiny.worst_difference(shared, expected) < 1e-5, name
         assert tiny.worst_difference(state, reference["state"]) < 1e-5, name
         assert result["mean_output"] == pytest.approx(reference["mean_output"], rel=1e-5), name
         kinds = {key.split()[0] for key in state}
@@ -95,9 +100,17 @@ def test_every_strategy_trains_like_the_plain_loop(world_size: int) -> None:
 
 
 @pytest.mark.dist
-def test_bf16_is_alike_under_every_strategy() -> None:
-    (first, _) = run_ranks(2, train_all, "bf16")
-    in_fp32, _ = plain_loop(5)
+@pytest.mark.parametrize(
+    ("world_size", "steps"),
+    [
+        (2, 4),
+        pytest.param(1, 20, marks=pytest.mark.slow),
+        pytest.param(2, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_bf16_is_alike_under_every_strategy(world_size: int, steps: int) -> None:
+    first = run_ranks(world_size, train_all, "bf16", steps)[0]
+    in_fp32, _ = plain_loop(steps)
     reference = first["ddp"]["history"]
     assert reference != in_fp32, "autocast must be at work"
     for name, result in first.items():
@@ -109,18 +122,53 @@ def test_bf16_is_alike_under_every_strategy() -> None:
 
 
 def two_steps(ranks: Ranks, slots_at_once: int) -> list[Any]:
-    engines = [tiny.build(ranks, "ddp"), tiny.build(ranks, "deepspeed", 2)]
-    return [tiny.train(e, range(2), slots_at_once=slots_at_once) for e in engines]
+    results = []
+    for strategy, stage in (("ddp", 0), ("fsdp2", 0), ("deepspeed", 2)):
+        engine = tiny.build(ranks, strategy, stage)
+        history = tiny.train(engine, range(2), slots_at_once=slots_at_once)
+        results.append([history, tiny.full_state(engine)])
+    return results
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("world_size", "slots_at_once"), [(1, 2), (1, 4), (4, 1)])
+@pytest.mark.parametrize(("world_size", "slots_at_once"), [(1, 2), (1, 4), (2, 2), (4, 1)])
 def test_accumulation_does_not_change_the_step(world_size: int, slots_at_once: int) -> None:
-    """Beside the 4 micro-batches on 1 rank and 2 on each of 2 of the test above."""
-    expected, _ = plain_loop(2)
-    for history in run_ranks(world_size, two_steps, slots_at_once)[0]:
-        for got, wanted in zip(history, expected, strict=True):
-            assert got == pytest.approx(wanted, rel=1e-5)
+    """Beside the 4 micro-batches on 1 rank and 2 on each of 2 of the tests above.
+
+    The first moments are the gradients, clipped.
+    """
+    history, expected = plain_loop(2)
+    for got, state in run_ranks(world_size, two_steps, slots_at_once)[0]:
+        assert [x for step in got for x in step] == pytest.approx(
+            [x for step in history for x in step], rel=1e-5
+        )
+        shared = {key: state[key] for key in expected}
+        assert tiny.worst_difference(shared, expected) < 1e-5
+
+
+def count_reductions(ranks: Ranks) -> list[list[int]]:
+    """Reducing collectives in each of three backward passes of a step, per strategy."""
+    results = []
+    for strategy, stage in STRATEGIES:
+        engine = tiny.build(ranks, strategy, stage)
+        counts = []
+        for last in (False, False, True):
+            loss = tiny.slot_loss(engine, 0, range(1))
+            with torch.profiler.profile() as profile:
+                engine.backward(loss, last=last)
+            found = [e.key for e in profile.key_averages() if e.key.startswith("c10d::")]
+            counts.append(sum("reduce" in key for key in found))
+        results.append(counts)
+    return results
+
+
+@pytest.mark.dist
+def test_gradients_travel_once_per_step() -> None:
+    for name, (first, second, last) in zip(
+        STRATEGIES, run_ranks(2, count_reductions)[0], strict=True
+    ):
+        assert (first, second) == (0, 0), name
+        assert last > 0, name
 
 
 def poison(ranks: Ranks) -> list[Any]:
@@ -167,7 +215,7 @@ class Branches(nn.Module):
 
 def train_branches(ranks: Ranks) -> list[Any]:
     results = []
-    for strategy, stage in STRATEGIES[:4]:  # ZeRO-3 needs the same modules on all ranks
+    for strategy, stage in STRATEGIES[:5]:  # ZeRO-3 needs the same modules on all ranks
         torch.manual_seed(0)
         config = EngineConfig(strategy, stage, "fp32", "none")
         engine = Engine(Branches(), tiny.OPTIM, config, ranks)
@@ -190,36 +238,49 @@ def test_ranks_may_use_different_parameters() -> None:
         assert tiny.worst_difference(state, expected) < 1e-5
 
 
-def offload(ranks: Ranks) -> list[Any]:
+def offload(ranks: Ranks, folder: str) -> list[Any]:
     results = []
-    for stage in (1, 2, 3):
-        engine = tiny.build(ranks, "deepspeed", stage, offload="cpu")
-        history = tiny.train(engine, range(3))
-        results.append([history, tiny.full_state(engine)])
+    for stage, kind in ((1, "cpu"), (2, "nvme"), (3, "cpu"), (3, "nvme")):
+        path = folder if kind == "nvme" else None
+        engine = tiny.build(ranks, "deepspeed", stage, offload=kind, offload_path=path)
+        on_disk = f"{folder}/longtake-moments-" in Path("/proc/self/maps").read_text()
+        results.append([kind, on_disk, tiny.train(engine, range(3))])
+        del engine  # and its files with it
     return results
 
 
 @pytest.mark.dist
-def test_offloading_changes_nothing() -> None:
+def test_offloading_changes_nothing(tmp_path: Path) -> None:
     history, _ = plain_loop(3)
-    for result in run_ranks(2, offload)[0]:
-        for got, wanted in zip(result[0], history, strict=True):
+    for kind, on_disk, result in run_ranks(2, offload, str(tmp_path))[0]:
+        assert on_disk or kind == "cpu"
+        for got, wanted in zip(result, history, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fsdp", 0, "bf16", "none"), "engine.strategy=fsdp must be one of ddp, deepspeed"),
+        (("fsdp", 0, "bf16", "none"), "engine.strategy=fsdp must be one of ddp, fsdp2, deepspeed"),
         (("deepspeed", 4, "bf16", "none"), "engine.zero_stage=4 must be 0, 1, 2 or 3"),
         (("ddp", 2, "bf16", "none"), "engine.zero_stage=2 needs engine.strategy=deepspeed"),
         (("ddp", 0, "fp16", "none"), "engine.precision=fp16 must be one of bf16, fp32"),
-        (("ddp", 0, "bf16", "cpu"), "engine.offload=cpu needs engine.strategy=deepspeed"),
+        (("fsdp2", 3, "bf16", "none"), "engine.zero_stage=3 needs engine.strategy=deepspeed"),
+        (("fsdp2", 0, "bf16", "cpu"), "engine.offload=cpu needs engine.strategy=deepspeed"),
+        (("deepspeed", 2, "bf16", "nvme"), "engine.offload_path=None with engine.offload=nvme"),
     ],
 )
 def test_wrong_configs_name_the_key(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(*arguments)
+
+
+def test_moments_go_only_where_there_is_room(tmp_path: Path) -> None:
+    zeros = zeros_on_disk(torch.empty(3, 5), tmp_path)
+    assert zeros.shape == (3, 5) and not zeros.any()
+    with pytest.raises(ValueError, match=r"engine\.offload_path=\S+ cannot hold .*\(No such file"):
+        zeros_on_disk(torch.empty(3), tmp_path / "nowhere")
 
 
 def test_masters_must_be_fp32() -> None:

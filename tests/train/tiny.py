@@ -26,13 +26,14 @@ SLOT_SIZES = (3, 1, 5, 2)  # samples per micro-batch: unequal on purpose
 
 
 class Tiny(nn.Module):
-    """x (B, 7) -> (B, 5). Odd sizes, a tied, a frozen and an unused parameter, a buffer."""
+    """x (B, 7) -> (B, 5). Odd sizes, blocks, a tied, a frozen and an unused parameter, a buffer."""
 
     counter: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(7, 13)
+        self.blocks = nn.ModuleList(nn.Linear(13, 13) for _ in range(2))
         self.norm = nn.LayerNorm(13)
         self.second = nn.Linear(13, 5)
         self.tied = nn.Linear(13, 5)
@@ -43,16 +44,25 @@ class Tiny(nn.Module):
         self.register_buffer("counter", torch.arange(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.norm(self.first(x)))  # (B, 13)
+        hidden = self.first(x)  # (B, 13)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        hidden = torch.tanh(self.norm(hidden))
         out = self.second(hidden) + 0.5 * self.tied(hidden)  # (B, 5)
         return out * self.scale.sum() + self.frozen.sum()
 
 
 def build(
-    ranks: Ranks, strategy: str, stage: int = 0, precision: str = "fp32", offload: str = "none"
+    ranks: Ranks,
+    strategy: str,
+    stage: int = 0,
+    precision: str = "fp32",
+    offload: str = "none",
+    offload_path: str | None = None,
 ) -> Engine:
     torch.manual_seed(0)
-    return Engine(Tiny(), OPTIM, EngineConfig(strategy, stage, precision, offload), ranks)
+    config = EngineConfig(strategy, stage, precision, offload, offload_path)
+    return Engine(Tiny(), OPTIM, config, ranks)
 
 
 def slot(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
