@@ -20,7 +20,7 @@ def zeros_on_disk(like: torch.Tensor, folder: Path) -> torch.Tensor:
     """
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="longtake-moments-") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, like.nbytes))
+            os.posix_fallocate(file.fileno(), 0, like.nbytes)
             flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
     except OSError as error:
         raise ValueError(

@@ -102,6 +102,11 @@ def shard(module: nn.Module, ranks: Ranks) -> list[FSDPModule]:
 
     The device never holds more than its shards and one whole unit.
     """
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ValueError(
+            f"engine.strategy=fsdp2 needs torch >= 2.13, this is {torch.__version__}: update it, "
+            "or use engine=deepspeed_zero3"
+        )
     join_alone(ranks)
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     units = []

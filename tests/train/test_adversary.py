@@ -96,13 +96,14 @@ def test_two_ranks_play_the_same_game(shards: Path, whole: Path) -> None:
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
-def test_deepspeed_plays_the_same_game(shards: Path, whole: Path, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", *(f"deepspeed_zero{stage}" for stage in range(4))])
+def test_every_strategy_plays_the_same_game(shards: Path, whole: Path, strategy: str) -> None:
     folder = shards / strategy
-    run_ranks(2, train_on_rank, options(shards, folder, f"engine={strategy}", task=GAN))
+    short = ("train.steps=6", "train.checkpoint_every=0", f"engine={strategy}")
+    run_ranks(2, train_on_rank, options(shards, folder, *short, task=GAN))
     for name in ("loss", "critic", "adversarial"):
         one, other = losses(whole, name), losses(folder, name)
-        assert other == pytest.approx(one, rel=1e-3, abs=1e-5), name
+        assert other == pytest.approx({s: one[s] for s in one if s <= 6}, rel=1e-3, abs=1e-5), name
 
 
 def play(adversary: Adversary, values: list[float]) -> int | None:

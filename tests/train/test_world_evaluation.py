@@ -44,7 +44,7 @@ def test_every_step_has_its_card(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed_zero3"])
 def test_two_ranks_see_the_card_of_one(engine: str, shards: Path, tmp_path: Path) -> None:
     """Five prompts of one family leave the ranks unequal shares."""
     uneven = ("evaluation.families=[move]", "evaluation.num_prompts=5", "evaluation.batch_size=1")
