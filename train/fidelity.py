@@ -28,6 +28,7 @@ from longtake.train.codec import Codec
 
 PSNR_CAP = 100.0  # dB: equal clips have no finite PSNR, and one of them would spoil every mean
 SSIM_WINDOW = 11  # pixels
+FVD_OPTION = "--fvd-weights"  # what gives the detector's file, unless told otherwise
 # How the I3D file in circulation is called; a detector without these arguments gets the clip alone.
 DETECTOR_ARGUMENTS = {"rescale": False, "resize": True, "return_features": True}
 
@@ -186,10 +187,12 @@ class VideoDetector:
     maker you trust. It is never unpickled.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        """ValueError for a missing file or one that is no TorchScript."""
-        self.path, self.device = path, device
-        self.module = load_torchscript(path, "--fvd-weights", device)
+    def __init__(
+        self, path: Path, device: torch.device | str = "cpu", option: str = FVD_OPTION
+    ) -> None:
+        """`option` is what gave the path. ValueError for a missing file or no TorchScript."""
+        self.path, self.device, self.option = path, device, option
+        self.module = load_torchscript(path, option, device)
         known = {argument.name for argument in self.module.forward.schema.arguments}
         self.arguments = {k: v for k, v in DETECTOR_ARGUMENTS.items() if k in known}
 
@@ -202,16 +205,16 @@ class VideoDetector:
         except (RuntimeError, torch.jit.Error) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(
-                f"--fvd-weights {self.path}: fails on clips of {shape}: {reason}"
+                f"{self.option} {self.path}: fails on clips of {shape}: {reason}"
             ) from error
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(clips):
             raise ValueError(
-                f"--fvd-weights {self.path}: must return features (B, D) of clips (B, 3, T, H, W)"
+                f"{self.option} {self.path}: must return features (B, D) of clips (B, 3, T, H, W)"
             )
         return features.float().cpu()
 
 
-def check_enough_clips(num_clips: int, num_features: int) -> None:
+def check_enough_clips(num_clips: int, num_features: int, option: str = FVD_OPTION) -> None:
     """ValueError for fewer clips than make sense of a Fréchet distance.
 
     Up to as many clips as features the covariances are singular, and the distance says more of the
@@ -220,7 +223,7 @@ def check_enough_clips(num_clips: int, num_features: int) -> None:
     if num_clips <= num_features:
         raise ValueError(
             f"FVD of {num_clips} clips: the detector has {num_features} features, so it needs more "
-            f"than {num_features} clips; give more clips or leave out --fvd-weights"
+            f"than {num_features} clips; give more clips or leave out {option}"
         )
 
 

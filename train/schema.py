@@ -94,10 +94,15 @@ class ValidationConfig:
     num_samples: int  # clips of the fixed validation pass
     num_videos: int  # of them, how many are drawn and shown; 0 draws nothing
     noise_levels: list[float]  # t of the DiT's validation loss
+    # Of a VAE; with defaults, for configs that were written before they were there.
+    score_share: float = 0.0  # of the clips with world truth, whose reconstructions are scored
+    fvd_weights: str | None = None  # TorchScript detector of rFVD, see `fidelity.VideoDetector`
 
     def __post_init__(self) -> None:
         require(self.num_samples > 0, f"validation.num_samples={self.num_samples} must be > 0")
         require(self.num_videos >= 0, f"validation.num_videos={self.num_videos} must be >= 0")
+        share = self.score_share
+        require(0 <= share <= 1, f"validation.score_share={share} must lie in [0, 1]")
         for level in self.noise_levels:
             require(0.0 < level <= 1.0, f"validation.noise_levels has {level}, must be in (0, 1]")
 

@@ -183,6 +183,9 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         console.say("\n".join([*started, plan.summary()]))
     else:
         console.say(f"{folder}: goes on at step {state['step']}")
+    if isinstance(task, VAETask):
+        for gap in task.not_measured():
+            console.say(f"validation does not measure {gap}")
     losses = WeightedMean()
     losses.load(state["losses"], ranks)
     slots = rank_slots(config.data.micro_batches_per_step, ranks.rank, ranks.world_size)

@@ -6,13 +6,14 @@ is that of VQGAN (arXiv 2012.09841).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from longtake.data.loader import Batch
 from longtake.data.plan import PlannedSample
+from longtake.data.randomness import uniform
 from longtake.models.vae import VAE, Posterior
 from longtake.train import fidelity, vae_losses
 from longtake.train.adversary import Adversary
@@ -22,6 +23,7 @@ from longtake.train.optim import freeze
 from longtake.train.playback import to_frames
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
+from longtake.train.vae_judges import FVD_KEY, ReconstructionDistance, world_scores
 from longtake.train.vae_schema import measured_terms
 
 ERRORS = {
@@ -50,6 +52,8 @@ class VAETask:
             if term.weights is not None
             else None
         )
+        weights = config.validation.fvd_weights
+        self.distance = None if weights is None else ReconstructionDistance(config, weights, ranks)
         self.adversary = Adversary(config, ranks) if config.loss.adversarial.weight > 0 else None
 
     def weight(self, sample: PlannedSample) -> float:
@@ -108,9 +112,13 @@ class VAETask:
         """How the posterior mean is reconstructed, and what the latents are like.
 
         PSNR (dB), SSIM, flicker beside the truth's, LPIPS where its file is given, L1: means over
-        clips, `psnr/9x16x16` those of a bucket. Latent figures as of `LatentFigures`.
+        clips, `psnr/9x16x16` those of a bucket. Scores of `world_scores` likewise, over
+        validation.score_share of the clips. rFVD of all clips where its file is given. Latent
+        figures as of `LatentFigures`.
         """
         latents = LatentFigures(self.config.vae.z_dim)
+        if self.distance is not None:
+            self.distance.clear()
         means = Means(latents.summary)
         for batch in batches:
             video = batch.stack_video().to(self.device)
@@ -121,8 +129,31 @@ class VAETask:
             for name, values in self._figures(pixels, video).items():
                 for key in (name, f"{name}/{bucket}"):
                     means.add(key, values.double().sum().item(), len(values))
+            for name, value in self._scores(batch, pixels):
+                for key in ("world", name, f"{name}/{bucket}"):
+                    means.add(key, value, 1)
+            if self.distance is not None:
+                self.distance.add((pixels + 1) / 2, (video + 1) / 2)
             latents.add(means, posterior.mean.float())
+        if self.distance is not None:
+            means.add("rfvd", self.distance.value(), 1)
         return means
+
+    def _scores(self, batch: Batch, pixels: Tensor) -> Iterator[tuple[str, float]]:
+        """World scores of the reconstructions that are drawn to be scored, whichever the rank."""
+        share = self.config.validation.score_share
+        for clip, drawn in zip(batch.clips, pixels, strict=True):
+            if uniform(clip.sample.seed, "world scores") < share:
+                yield from world_scores(clip, drawn).items()
+
+    def not_measured(self) -> list[str]:
+        """What validation goes without, and what would have it measured."""
+        gaps = []
+        if self.perceptual is None:
+            gaps.append("LPIPS: set loss.perceptual.weights to a TorchScript VGG-16 of yours")
+        if self.distance is None:
+            gaps.append(f"rFVD: set {FVD_KEY} to a TorchScript detector of yours, such as I3D")
+        return gaps
 
     def _figures(self, pixels: Tensor, video: Tensor) -> dict[str, Tensor]:
         """Per clip, (B,) each."""

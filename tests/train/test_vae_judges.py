@@ -1,0 +1,103 @@
+"""Validation of a VAE by the world's scorers and by rFVD: right where truth is shown, or silent."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.data.plan.planned import PlannedSample
+from longtake.data.reader import Clip
+from longtake.data.world import make_clip
+from longtake.launch.compose import compose
+from longtake.train.main import run
+from longtake.train.playback import to_pixels
+from longtake.train.ranks import single_process
+from longtake.train.schema import VAERun
+from longtake.train.vae_judges import ReconstructionDistance, world_scores
+from longtake.train.vae_task import VAETask
+from tests.train.metric_weights import save_detector
+from tests.train.small_runs import COMMON, FRAMES, SIDE, VAE_SIZES, write_world
+from tests.train.tiny_runs import losses, tree
+
+SHAPE = FRAMES, SIDE, SIDE
+
+
+def clip_of(index: int) -> Clip:
+    """A clip of the world as the loader hands it over."""
+    world = make_clip(0, "val", index, families=["move"], frames=FRAMES, height=SIDE, width=SIDE)
+    sample = PlannedSample(
+        *(0, index, index, world.key, 0, SHAPE, (0.0,), 8.0, (0.5, 0.5), False, "short"),
+        *(index, 0, (0, 0)),
+    )
+    video = torch.from_numpy(world.frames.copy()).permute(3, 0, 1, 2)
+    return Clip(sample, world.captions["short"], 8.0, video=video, truth=world.truth)
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    """Overrides of a run of one step that validates all clips."""
+    data = f"data.train.0.path={folder}/world", f"data.val.0.path={folder}/world"
+    run_in = f"output_dir={folder}/run", "validation.num_videos=0", "validation.score_share=1"
+    return ["stage=vae", *COMMON, *VAE_SIZES, *data, *run_in, *more]
+
+
+def config_of(folder: Path, *more: str) -> VAERun:
+    config = compose(options(folder, *more))
+    assert isinstance(config, VAERun)
+    return config
+
+
+def test_a_perfect_reconstruction_scores_one_and_a_grey_one_does_not() -> None:
+    clip = clip_of(0)
+    assert clip.truth is not None and clip.video is not None
+    perfect = world_scores(clip, to_pixels(clip.video.permute(1, 2, 3, 0).numpy()))
+    assert perfect == {f"world/move/{name}": 1.0 for name in clip.truth["expect"]}
+    assert world_scores(clip, torch.zeros(3, *SHAPE))["world/move/colour"] == 0
+
+
+def test_only_what_the_truth_record_describes_is_scored() -> None:
+    clip, pixels = clip_of(0), torch.zeros(3, *SHAPE)
+    assert clip.truth is not None
+    cut = replace(clip, sample=replace(clip.sample, shape=(FRAMES, SIDE, SIDE // 2)))
+    assert world_scores(cut, pixels) == {}
+    assert world_scores(replace(clip, truth=None), pixels) == {}
+    assert world_scores(replace(clip, truth={"defects": [{"type": "freeze"}]}), pixels) == {}
+    spoiled = replace(clip, truth=clip.truth | {"defects": [{"type": "freeze"}]})
+    assert world_scores(spoiled, pixels) == {}
+
+
+def test_validation_reports_scores_per_bucket_and_rfvd(tmp_path: Path) -> None:
+    write_world(tmp_path / "world", num_clips=6)
+    detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
+    assert run(tree(options(tmp_path, detector, "train.val_every=1"))) == 0
+    found = {
+        name: losses(tmp_path / "run", f"val/{name}")
+        for name in ("world", "world/move/colour", "world/leftright/relation", "rfvd", "rfvd_ema")
+    }
+    assert all(values.keys() == {0, 1} for values in found.values())
+    of_bucket = losses(tmp_path / "run", f"val/world/move/colour/{FRAMES}x{SIDE}x{SIDE}")
+    assert of_bucket == found["world/move/colour"]
+    assert min(found["rfvd"].values()) > 0
+
+
+def test_rfvd_is_zero_for_equal_clips_and_grows_with_the_difference(tmp_path: Path) -> None:
+    detector = str(save_detector(tmp_path / "i3d.pt"))
+    distance = ReconstructionDistance(config_of(tmp_path), detector, single_process())
+    clips = torch.rand(6, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    distance.add(clips, clips)
+    distance.add(clips[:, :, :1], 1 - clips[:, :, :1])  # images do not count
+    assert distance.value() == pytest.approx(0, abs=1e-9)
+    distance.clear()
+    distance.add(clips * 0.5, clips)
+    assert distance.value() > 0.1
+
+
+def test_what_is_not_measured_is_said_and_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    gaps = VAETask(config_of(tmp_path), single_process()).not_measured()
+    assert [gap.split(": set ")[0] for gap in gaps] == ["LPIPS", "rFVD"]
+    assert "validation.fvd_weights" in gaps[1]
+    with pytest.raises(ValueError, match=r"validation\.fvd_weights absent\.pt: no such file"):
+        VAETask(config_of(tmp_path, "validation.fvd_weights=absent.pt"), single_process())
+    detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
+    with pytest.raises(ValueError, match=r"FVD of 3 clips.*leave out validation\.fvd_weights"):
+        VAETask(config_of(tmp_path, detector, "validation.num_samples=3"), single_process())

@@ -1,0 +1,74 @@
+"""Judges of a VAE's reconstructions in validation: the world's scorers and the video distance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.data.loader import Clip
+from longtake.data.world import score_clip
+from longtake.train.fidelity import VideoDetector, check_enough_clips, frechet_distance
+from longtake.train.playback import to_frames
+from longtake.train.ranks import Ranks
+from longtake.train.schema import VAERun
+
+FVD_KEY = "validation.fvd_weights"
+
+
+def world_scores(clip: Clip, pixels: Tensor) -> dict[str, float]:
+    """`world/FAMILY/SCORE` of a reconstruction (3, T, H, W) in [-1, 1]: what a DiT behind this VAE
+    can reach at most.
+
+    Empty for a clip whose truth record is missing or does not hold for what is shown of it: one
+    with planted defects, or one that was cut or scaled.
+    """
+    truth = clip.truth
+    if truth is None or not _holds(truth, clip.sample.shape):
+        return {}
+    scores = score_clip(to_frames(pixels), truth)
+    return {f"world/{truth['family']}/{name}": value for name, value in scores.items()}
+
+
+def _holds(truth: dict[str, Any], shape: tuple[int, int, int]) -> bool:
+    drawn = tuple(truth.get(name) for name in ("frames", "height", "width"))
+    return "expect" in truth and not truth.get("defects") and drawn == shape
+
+
+class ReconstructionDistance:
+    """rFVD: the Fréchet video distance between clips and their reconstructions, all ranks together.
+
+    Images are left out: a detector of motion cannot take them.
+    """
+
+    def __init__(self, config: VAERun, path: str, ranks: Ranks) -> None:
+        """ValueError for a detector that cannot take the buckets, or for too few clips."""
+        self.ranks = ranks
+        self.detector = VideoDetector(Path(path), ranks.device, FVD_KEY)
+        for bucket in config.data.buckets:
+            if bucket.frames > 1:
+                shape = bucket.frames, bucket.height, bucket.width
+                size = self.detector(torch.zeros(1, 3, *shape)).shape[1]
+                check_enough_clips(config.validation.num_samples, size, FVD_KEY)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all clips: a new pass begins."""
+        self._features: list[list[list[float]]] = [[], []]  # of the truth and of what was drawn
+
+    def add(self, drawn: Tensor, truth: Tensor) -> None:
+        """Count clips (B, 3, T, H, W) in [0, 1]."""
+        if truth.shape[2] > 1:
+            for features, clips in zip(self._features, (truth, drawn), strict=True):
+                features += self.detector(clips).tolist()
+
+    def value(self) -> float:
+        """The distance over all ranks' clips, on every rank; ValueError for too few of them."""
+        gathered = self.ranks.gather(self._features)
+        truth, drawn = (
+            torch.tensor([row for rank in gathered for row in rank[side]]) for side in (0, 1)
+        )
+        check_enough_clips(len(truth), truth.shape[-1], FVD_KEY)
+        return frechet_distance(truth, drawn)
