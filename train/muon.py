@@ -1,4 +1,4 @@
-"""AdamW that moves chosen matrices by orthogonal steps (Muon).
+"""AdamW that moves chosen matrices and kernels by orthogonal steps (Muon).
 
 Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; its scale beside AdamW as in
 Moonlight, arXiv 2502.16982 §2.2. Torch's own `torch.optim.Muon` multiplies in bf16 on every device,
@@ -21,6 +21,7 @@ RMS = 0.2  # of a step of learning rate 1, about AdamW's
 
 class MuonAdamW(torch.optim.AdamW):
     """Groups with `parts` > 0 are Muon's, their matrices so many blocks of rows; others AdamW's.
+    Kernels of convolutions are matrices, too: a row for each channel that comes out.
 
     A Muon group's `lr_scale` multiplies its learning rate. Its second moments stay zero: state and
     checkpoints have one layout whichever way a parameter is moved.
@@ -52,7 +53,9 @@ class MuonAdamW(torch.optim.AdamW):
         for part, step in zip(
             parameter.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True
         ):
-            part.add_(orthogonal(step), alpha=-lr * RMS * max(part.shape) ** 0.5)
+            matrix = step.flatten(1)  # (C', C · taps) of a kernel
+            turned = orthogonal(matrix).view_as(step)
+            part.add_(turned, alpha=-lr * RMS * max(matrix.shape) ** 0.5)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def muon_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
-    """Groups of the matrices that Muon moves: those of two dimensions under a pattern.
+    """Groups of the matrices and kernels that Muon moves: those under a pattern.
 
     Queries, keys and values that lie in one matrix are turned each for itself. ValueError for a
     pattern that no matrix fits.
@@ -137,8 +137,11 @@ def is_like(name: str, patterns: Sequence[str]) -> bool:
 
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a trainable parameter is a linear layer's: two dimensions, called a weight."""
-    return parameter.requires_grad and parameter.ndim == 2 and name.endswith(".weight")
+    """Whether a trainable parameter is a linear layer's or a convolution's: more than a vector.
+
+    A kernel (C', C, ...) counts as the matrix (C', C · taps) that it is to every position.
+    """
+    return parameter.requires_grad and parameter.ndim >= 2 and name.endswith(".weight")
 
 
 def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

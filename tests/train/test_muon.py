@@ -10,7 +10,7 @@ from torch import nn
 from longtake.train.config import parse_config
 from longtake.train.engine import Engine, EngineConfig, single_process
 from longtake.train.muon import MOMENTUM, RMS, MuonAdamW, orthogonal
-from longtake.train.optim import build_adamw, muon_groups
+from longtake.train.optim import build_adamw, create_state, muon_groups
 from tests.train.forked import run_ranks
 from tests.train.tiny import OPTIM, Tiny
 from tests.train.tiny_runs import losses, options, train_here, train_on_rank, tree, write_clips
@@ -66,6 +66,20 @@ def test_steps_of_matrices_side_by_side_and_of_the_rest() -> None:
         ahead = (1 - MOMENTUM) * source + MOMENTUM * (1 - MOMENTUM) * source
         expected = 0.01 * 3.0 * RMS * 6**0.5 * orthogonal(ahead)
         assert torch.allclose(part, expected, atol=1e-6)
+
+
+def test_a_kernel_moves_as_the_matrix_of_its_rows() -> None:
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    before = conv.weight.detach().clone()
+    conv.weight.grad = torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = build_adamw(
+        nn.Sequential(conv), replace(OPTIM, lr=0.01, muon=["*"], muon_lr_scale=1, weight_decay=0)
+    )
+    create_state(optimizer, conv.weight)
+    optimizer.step()
+    moved = (before - conv.weight).detach().flatten(1) / (0.01 * RMS * 27**0.5)
+    values = torch.linalg.svdvals(moved)
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_without_patterns_it_is_adamw() -> None:

@@ -1,0 +1,58 @@
+"""Pictures of a proof for the documents: curves, and clips beside what a VAE makes of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from longtake.train.playback import read_footage_file
+from longtake.train.report_curves import Series
+
+MAX_BYTES = 1_000_000
+ROWS, FRAMES, SHRINK = 4, 3, 2
+
+
+def draw_curves(parts: Mapping[str, Series], path: Path) -> None:
+    """Validation PSNR over optimizer steps, a panel for each part of a training."""
+    figure = Figure(figsize=(3.2 * len(parts), 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = np.atleast_1d(figure.subplots(1, len(parts), sharey=True))
+    for axes, (title, series) in zip(panels, parts.items(), strict=True):
+        axes.plot(series.steps, series.values, marker="o", markersize=3)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.supylabel("validation PSNR, dB", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def draw_reconstructions(samples: Path, path: Path) -> None:
+    """First, middle and last frame of the last drawn clips: original, reconstruction, difference.
+
+    `samples` is that folder of a run. ValueError when it holds no drawing, or the picture is large.
+    """
+    folders = sorted(samples.glob("step-*"))
+    if not folders:
+        raise ValueError(f"{samples}: holds no drawing; train with train.sample_every > 0")
+    names = list(json.loads((folders[-1] / "prompts.json").read_text(encoding="utf-8")))[:ROWS]
+    rows = []
+    for name in names:
+        frames = read_footage_file(folders[-1] / f"{name}.mp4").frames  # (T, H, 3W, 3)
+        chosen = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
+        rows.append(np.concatenate([framed(frame) for frame in frames[chosen]], axis=1))
+    picture = np.concatenate(rows)
+    height, width = picture.shape[:2]
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    FigureCanvasAgg(figure)
+    figure.figimage(picture)
+    figure.savefig(path, dpi=100)
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES}")
+
+
+def framed(frame: np.ndarray) -> np.ndarray:
+    """A frame (H, W, 3) at half its size with a white rim."""
+    return np.pad(frame[::SHRINK, ::SHRINK], ((3, 3), (3, 3), (0, 0)), constant_values=255)
