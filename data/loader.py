@@ -183,13 +183,11 @@ class _Packed:
     descriptor of shared memory."""
 
     def __init__(self, batch: Batch) -> None:
-        self._batch = batch
-        parts = [_tensors(clip) for clip in batch.clips]
-        names = list(parts[0]) if parts else []
+        alone = [_tensors(clip) for clip in batch.clips]
         self._joined: dict[str, Tensor] = {}
-        for name in names:
+        for name in alone[0] if alone else ():
             how = torch.cat if name == "text" else torch.stack
-            joined = _join([each.get(name) for each in parts], how)
+            joined = _join([each.get(name) for each in alone], how)
             if joined is not None:
                 self._joined[name] = joined
         self._lengths = [0 if clip.text is None else len(clip.text) for clip in batch.clips]

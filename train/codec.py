@@ -143,7 +143,8 @@ def check_text(manifest: LatentManifest, config: DiTRun, place: Path) -> None:
     if cached.hash != text_hash(config.text):
         raise ValueError(
             f"{place}/{KEPT_MANIFEST}: its captions were prepared for another text encoder than "
-            f"text.kind={config.text.kind} text.path={config.text.path!r}: {remedy}"
+            f"text.kind={config.text.kind} text.path={config.text.path!r} (a folder is known by "
+            f"its weights): {remedy}"
         )
     if cached.max_length != config.text.max_length:
         raise ValueError(

@@ -86,10 +86,7 @@ class _Measure:
         channels, *shape = self.manifest.latent_shape(cut.sample.shape)
         frames, stride = cut.sample.shape[0], self.manifest.strides[0]
         latents = torch.zeros(channels, *shape)
-        places = {
-            spec.name: spec.places(frames, stride)
-            for spec in (self.plan.segments if frames > 1 else ())
-        }
+        places = {s.name: s.places(frames, stride) for s in self.plan.segments_of(frames)}
         sample = LatentSample(
             latents,
             dict(zip(kinds, rows, strict=True)),
@@ -112,9 +109,9 @@ class EncodeProgress:
         """`total` samples, shared out as they go among `num_ranks` processes of equal speed."""
         self.total, self.rank, self.num_ranks = total, rank, num_ranks
         self.console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-        columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn())
+        text = TextColumn("encode"), TextColumn("{task.description}")
+        columns = (text[0], BarColumn(), MofNCompleteColumn(), text[1])
         is_hidden = rank > 0 or not self.console.is_terminal
-        columns = (*columns, TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=self.console, disable=is_hidden)
         self._task = self._bar.add_task("", total=total)
         self._start = self._said = time.monotonic()
@@ -150,9 +147,11 @@ class EncodeProgress:
 
     def pace(self) -> str:
         """Speed of this process, and the time it has still to work at its share of the rest."""
+        if not self._own:
+            return "no sample yet"
         speed = self._own / max(time.monotonic() - self._start, 1e-9)
         share = (self.total - self._all - self._in_shard) / self.num_ranks
-        left = timedelta(seconds=round(share / max(speed, 1e-9)))
+        left = timedelta(seconds=round(share / speed))
         return f"{speed:.1f} samples/s, {left} left for {share:.0f} samples"
 
     def _show(self) -> None:

@@ -74,6 +74,10 @@ class EncodePlan:
     def cuts(self) -> list[Cut]:
         return [cut for cuts in self.shards.values() for cut in cuts]
 
+    def segments_of(self, frames: int) -> tuple[SegmentSpec, ...]:
+        """The pieces that clips of so many frames have: an image has none."""
+        return self.segments if frames > 1 else ()
+
 
 def plan_encode(loaded: LoadedVAE, shards: Path, options: EncodeOptions) -> EncodePlan:
     """ValueError where nothing fits a bucket, or the clips have no such segments."""

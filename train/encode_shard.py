@@ -129,7 +129,7 @@ class ShardEncoder:
                     spec.encode(lambda piece: encode_bounded(vae, piece).mean, pixels),
                     spec.places(frames, vae.strides[0]),
                 )
-                for spec in (self.plan.segments if frames > 1 else ())
+                for spec in self.plan.segments_of(frames)
             }
         return [
             LatentSample(
