@@ -58,7 +58,7 @@ def _write(folder: Path, count: int = 16, text: TextCache = TOKENS) -> Catalogue
                 row = torch.arange(index % 5 + 2)
                 if text.kind == "embeddings":
                     row = torch.full((index % 5 + 2, 6), float(index))
-                cached = dict.fromkeys(("dense", "short"), row)
+                cached: dict[str, Tensor] = dict.fromkeys(("dense", "short"), row)
                 stats.update(_latents(index).bfloat16())
                 sample = LatentSample(_latents(index), cached)
                 writer.write(f"clip{index:03d}", sample, _meta(index))
