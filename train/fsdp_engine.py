@@ -3,7 +3,8 @@
 Rank r of w holds rows [r·c, (r+1)·c) of each tensor, c = ⌈rows / w⌉, as fp32 masters; a unit's
 parameters are gathered when it is called and freed after. FSDP's own averaging and mixed precision
 are off: gradients are sums, and bf16 comes by autocast, whose copies of the weights live from a
-unit's forward to its backward. AdamW sees the rows as plain tensors.
+unit's forward to its backward. AdamW sees the rows as plain tensors. Written against torch 2.13, of
+whose internals this module uses `_lazy_init`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the engine costs in one process: its step beside a plain loop's, strategy by strategy.
 
-`python -m tests.bench.engine_step [--rounds N] [--bf16]` from the repository root. A step is a DiT
-of 20.4 M parameters on 1536 tokens: forward, backward, clipping, fused AdamW, zeroed gradients. All
+`python -m tests.bench.engine_step [--rounds N] [--bf16] [--strategies …]` from the repository root.
+A step is a DiT of 20.4 M parameters on 1536 tokens: forward, backward, clipping, fused AdamW, zeroed gradients. All
 sides take turns in this process on one thread; figures are CPU time, medians over rounds.
 """
 
@@ -32,7 +32,11 @@ CONFIG = DiTConfig(
 )
 LATENTS, TEXT = (1, 16, 6, 32, 32), (1, 32, 384)  # 6 · 16 · 16 = 1536 tokens
 OPTIM = OptimConfig(1e-4, (0.9, 0.95), 1e-8, 0.1, 0, "constant", 0.1, 1.0, [], 1.0)
-STRATEGIES = [("ddp", 0), ("fsdp2", 0), *(("deepspeed", stage) for stage in range(4))]
+STRATEGIES = {
+    "ddp": ("ddp", 0),
+    "fsdp2": ("fsdp2", 0),
+    **{f"zero{stage}": ("deepspeed", stage) for stage in range(4)},
+}
 
 
 def main() -> None:
@@ -40,13 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     args = parser.parse_args()
     torch.set_num_threads(1)
     precision = "bf16" if args.bf16 else "fp32"
     sides = {"plain loop": plain_loop(args.bf16)}
-    for strategy, stage in STRATEGIES:
-        name = f"zero{stage}" if strategy == "deepspeed" else strategy
-        sides[name] = with_engine(EngineConfig(strategy, stage, precision, "none"))
+    for name in args.strategies:
+        sides[name] = with_engine(EngineConfig(*STRATEGIES[name], precision, "none"))
     seconds = take_turns(sides, args.rounds)
     for name, value in seconds.items():
         share = value / seconds["plain loop"]

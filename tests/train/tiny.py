@@ -80,7 +80,12 @@ def slot_loss(engine: Any, step: int, indices: range) -> torch.Tensor:
 
 
 def train(
-    engine: Engine, steps: range, *, ema: Ema | None = None, slots_at_once: int = 1
+    engine: Engine,
+    steps: range,
+    *,
+    ema: Ema | None = None,
+    slots_at_once: int = 1,
+    lr: float = OPTIM.lr,
 ) -> list[list[float]]:
     """[loss of the global step, grad norm] of each step."""
     ranks = engine.ranks
@@ -93,7 +98,7 @@ def train(
             loss = slot_loss(engine, step, range(start, start + slots_at_once))
             engine.backward(loss, last=start == mine[-1])
             total += loss.item()
-        result = engine.clip_and_step(OPTIM.lr, OPTIM.max_grad_norm)
+        result = engine.clip_and_step(lr, OPTIM.max_grad_norm)
         assert not result.skipped
         if ema is not None:
             ema.update(step + 1)
