@@ -1,12 +1,12 @@
 """What the engine costs in one process: its step beside a plain loop's, strategy by strategy.
 
 `python -m tests.bench.engine_step [--rounds N] [--bf16] [--strategies …]` from the repository root.
-A step is a DiT of 20.4 M parameters on 1536 tokens: forward, backward, clipping, fused AdamW, zeroed gradients. All
-sides take turns in this process on one thread; figures are CPU time, medians over rounds.
+A step is a DiT of 20.4 M parameters on 1536 tokens: forward, backward, clipping, fused AdamW. All
+sides take turns in this process on one thread; figures are CPU time, the least of all rounds, for
+what other processes add to it is no cost of ours.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -95,7 +95,7 @@ def engine_step(engine: Engine) -> None:
 
 
 def take_turns(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each side, after one step to warm up."""
+    """The least CPU seconds of each side, after one step to warm up."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, step in sides.items():
@@ -103,7 +103,7 @@ def take_turns(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
             step()
             if turn:
                 spent[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in spent.items()}
+    return {name: min(values) for name, values in spent.items()}
 
 
 if __name__ == "__main__":
