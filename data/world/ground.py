@@ -83,10 +83,11 @@ class Ground:
         Analysis of variance of what one picture, lit in each frame as it may be, does not explain.
         """
         number, level = self.number, np.zeros((len(self.grey), 1), np.float32)
+        seen = np.maximum(number.sum(0), 1)
+        picture = (self.grey * number).sum(0) / seen  # (h·w,)
         for _ in range(ROUNDS):
-            seen = np.maximum(number.sum(0), 1)
-            picture = ((self.grey - level) * number).sum(0) / seen  # (h·w,)
             level = _mean(self.grey - picture, number)[:, None]
+            picture = ((self.grey - level) * number).sum(0) / seen
         rest = self.grey - picture - level
         groups = np.array_split(np.arange(len(rest)), min(GROUPS, len(rest)))
         numbers = np.array([number[at].sum(0) for at in groups])  # (groups, h·w)

@@ -152,7 +152,8 @@ def _looks(seen: Detection) -> _Looks:
     way; chroma along that hue is coverage, and noise in it cancels out."""
     strength = np.hypot(*seen.chroma)
     most = strength.max((1, 2), keepdims=True)
-    patches, _ = ndimage.label(strength > FAINT * most, IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
+    parts = strength > FAINT * most
+    patches, _ = ndimage.label(parts, IN_FRAME)  # pyright: ignore[reportGeneralTypeIssues]
     sizes = np.bincount(patches.ravel())
     sizes[0] = 0
     size = sizes[patches]
