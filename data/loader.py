@@ -266,6 +266,13 @@ class Loader:
         self._num_workers = plan.config.num_workers if num_workers is None else num_workers
         self._pin = torch.cuda.is_available() if pin is None else pin
         self._open: list[Callable[[], None]] = []
+        self._workers: Workers[Position, _Packed] | None = None
+
+    def describe(self) -> str:
+        """What its workers have in hand and where they stand, for a look at a hang."""
+        if self._workers is None:
+            return "no workers, samples are read in the training process"
+        return f"{self._num_workers} workers\n{self._workers.describe()}"
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Starts workers, which end with the iteration.
@@ -302,14 +309,14 @@ class Loader:
         return map(_Packed.unpack, packed)
 
     def _from_workers(self, work: _MicroBatches) -> Iterator["_Packed"]:
-        workers = Workers(
+        self._workers = Workers(
             work.read_packed,
             self._positions(),
             num_workers=self._num_workers,
             ahead=self._plan.config.prefetch_factor,
         )
-        self._open.append(workers.close)
-        return iter(workers)
+        self._open.append(self._workers.close)
+        return iter(self._workers)
 
     def _pinned(self, packed: Iterator["_Packed"]) -> Iterator["_Packed"]:
         """Pinning copies: in a thread, beside the training step."""

@@ -5,11 +5,14 @@ own: one that is killed in the middle of a result breaks neither the others nor 
 replaced alone.
 """
 
+import faulthandler
 import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ import torch
 import torch.multiprocessing  # teaches connections to hand tensors over in shared memory
 from torch._utils import ExceptionWrapper
 
+from longtake.data.processes import die_with_parent
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -30,6 +35,8 @@ MAX_DEATHS = 3
 
 _POLL = 1.0  # seconds between looks at whether the other side still lives
 _GRACE = 5.0  # seconds for a process to end
+_ASK_STACKS = signal.SIGUSR2
+_ANSWER = 0.3  # seconds for a process to write its stacks
 # A fork copies them all; a worker must not hold the pipes of others open.
 _parents_ends: WeakSet[Connection] = WeakSet()
 
@@ -65,6 +72,13 @@ class Workers(Generic[Item, Result]):
                 result = worker.take()
                 self._give(worker)
                 yield result
+
+    def describe(self) -> str:
+        """What each process has in hand and where it stands in its code; any thread may ask."""
+        for worker in self._workers:
+            worker.ask_stacks()
+        time.sleep(_ANSWER)
+        return "\n".join(worker.describe() for worker in self._workers)
 
     def close(self) -> None:
         """End all processes; those that do not end by themselves are killed."""
@@ -115,6 +129,18 @@ class _Worker(Generic[Item, Result]):
             result.reraise()
         return result
 
+    def ask_stacks(self) -> None:
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, _ASK_STACKS)
+
+    def describe(self) -> str:
+        self._stacks.seek(0)
+        code, items = self.process.exitcode, ", then ".join(map(str, self.items))
+        return (
+            f"worker process {self.process.pid} {'runs' if code is None else f'ended, {code}'}, in "
+            f"hand: {items or 'nothing'}\n{self._stacks.read().decode(errors='replace')}"
+        )
+
     def hang_up(self) -> None:
         """Let the process end: it sees the closed pipe after the item in work."""
         self._connection.close()
@@ -126,13 +152,17 @@ class _Worker(Generic[Item, Result]):
             self.process.kill()
             self.process.join()
         self.process.close()
+        self._stacks.close()
 
     def _start(self) -> None:
         context = torch.multiprocessing.get_context("fork")  # at once, and without a main module
         self._connection, theirs = context.Pipe()
         _parents_ends.add(self._connection)
+        self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close
         # Not a daemon: those may have no children, and clips may be decoded in one.
-        self.process = context.Process(target=_run, args=(self._work, theirs), daemon=False)
+        self.process = context.Process(
+            target=_run, args=(self._work, theirs, self._stacks.fileno()), daemon=False
+        )
         self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
@@ -214,9 +244,12 @@ def _close(workers: list[_Worker[Any, Any]]) -> None:
         worker.close(_GRACE)
 
 
-def _run(work: Callable[[Any], Any], connection: Connection) -> NoReturn:
-    """What a worker does until its parent closes the pipe or is gone."""
+def _run(work: Callable[[Any], Any], connection: Connection, stacks: int) -> NoReturn:
+    """What a worker does until its parent closes the pipe or is gone; asked by a signal, it writes
+    the stacks of its threads into the file `stacks`."""
+    faulthandler.register(_ASK_STACKS, file=stacks)
     parent = os.getppid()
+    die_with_parent(parent)  # one that hangs would not notice
     for end in list(_parents_ends):
         end.close()
     # A scheduler signals every process; the training one finishes its step and needs its data.

@@ -17,7 +17,6 @@ import platform
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,18 @@ from longtake.train.range_files import (
     write_ranges,
 )
 from longtake.train.ranks import Ranks, single_process
+from longtake.train.snapshot import (
+    ADVERSARY,
+    TRAIN_STATE,
+    Snapshot,
+    take_snapshot,
+    to_json,
+)
 from longtake.train.strategy import RenamedReader, StateRange
 from longtake.train.tasks import Opponent
 
 FORMAT = "longtake-checkpoint-1"
 MANIFEST = "manifest.json"
-TRAIN_STATE = "train_state.json"
-CONFIG = "config.json"
-ADVERSARY = "adversary."  # before the kinds of the second network's tensors
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
 # A replaced one counts too: whoever was killed between its two renames left nothing else.
 STEP_FOLDER = re.compile(r"(?:\.replaced-)?step-(\d{8,})")
@@ -51,15 +54,6 @@ logger = logging.getLogger("longtake.checkpoint")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; raised on all ranks alike."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What this rank writes, copied to the CPU: training may go on while it is written."""
-
-    ranges: list[StateRange]
-    aliases: dict[str, str]  # tied names -> the name that is stored
-    optimizer_steps: int
 
 
 def save(
@@ -72,49 +66,27 @@ def save(
     *,
     adversary: Opponent | None = None,
     keep_last: int = 0,
+    keep_every: int = 0,
 ) -> Path:
     """Writes the checkpoint of `step` into `folder`; all ranks together. Returns its path.
 
     adversary: its engine's state goes under kinds of its own, its figures belong in train_state.
     train_state, config: JSON; train_state["samples_seen"] is copied into the manifest.
-    keep_last: older checkpoints beyond this number are deleted, once the new one verifies; 0 keeps
-    all.
+    keep_last, keep_every: see `prune`.
     Errors: CheckpointError on all ranks, naming the cause (disk full, read-only folder, ...);
     then nothing of the new checkpoint is left and the older ones are untouched.
     """
-    snapshot = take_snapshot(engine, ema, adversary)
-    path = write(folder, step, snapshot, train_state, config, engine.ranks)
-    if keep_last:
-        prune(folder, step, keep_last, engine.ranks)
+    snapshot = take_snapshot(engine, ema, adversary, train_state, config)
+    path = write(folder, step, snapshot, engine.ranks)
+    prune(folder, step, keep_last, keep_every, engine.ranks)
     return path
 
 
-@torch.no_grad()
-def take_snapshot(engine: Engine, ema: Ema | None, adversary: Opponent | None = None) -> Snapshot:
-    """Copies what this rank owns to CPU memory; the only part that training waits for."""
-    owned = list(engine.owned_ranges())
-    if adversary is not None:
-        others = adversary.engine.owned_ranges()
-        owned += [replace(piece, kind=ADVERSARY + piece.kind) for piece in others]
-    if ema is not None:
-        owned += list(ema.owned_ranges())
-    copies = [replace(r, tensor=r.tensor.detach().to("cpu", copy=True)) for r in owned]
-    return Snapshot(copies, engine.aliases, engine.optimizer_steps)
-
-
-def write(
-    folder: Path,
-    step: int,
-    snapshot: Snapshot,
-    train_state: dict[str, Any],
-    config: dict[str, Any],
-    ranks: Ranks,
-) -> Path:
+def write(folder: Path, step: int, snapshot: Snapshot, ranks: Ranks) -> Path:
     """Writes a snapshot as `folder/step-%08d`; all ranks together. Errors as `save`."""
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     unfinished = folder / f"{UNFINISHED}{final.name}"
-    texts = {TRAIN_STATE: to_json(train_state), CONFIG: to_json(config)}
 
     def make_folder() -> None:
         if ranks.is_main:
@@ -132,12 +104,12 @@ def write(
         if not ranks.is_main:
             return
         files = {report["file"]: report["stamp"] for report in reports}
-        for name, text in texts.items():
+        for name, text in snapshot.texts.items():
             files[name] = write_bytes(unfinished / name, text)
         manifest = {
             "format": FORMAT,
             "step": step,
-            "samples_seen": train_state.get("samples_seen"),
+            "samples_seen": snapshot.samples_seen,
             "optimizer_steps": snapshot.optimizer_steps,
             "world_size": ranks.world_size,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -221,10 +193,18 @@ def put_in_place(unfinished: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(folder: Path, step: int, keep_last: int, ranks: Ranks) -> None:
-    """Deletes checkpoints older than `step` beyond `keep_last`, if that of `step` verifies."""
-    older = [path for number, path in list_steps(folder) if number < step] if ranks.is_main else []
-    surplus = ranks.broadcast([str(path) for path in older[keep_last - 1 :]])
+def prune(folder: Path, step: int, keep_last: int, keep_every: int, ranks: Ranks) -> None:
+    """Deletes checkpoints older than `step` beyond `keep_last` (0 keeps all), if that of `step`
+    verifies; those whose step divides by `keep_every` stay (0: none for that)."""
+    surplus: list[str] = []
+    if ranks.is_main and keep_last:
+        older = [(number, path) for number, path in list_steps(folder) if number < step]
+        surplus = [
+            str(path)
+            for number, path in older[keep_last - 1 :]
+            if not keep_every or number % keep_every
+        ]
+    surplus = ranks.broadcast(surplus)
     if not surplus:
         return
     problems = verify(folder / f"step-{step:08d}", ranks)
@@ -306,10 +286,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         text = f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
         raise CheckpointError(text)
     return manifest
-
-
-def to_json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()
 
 
 def seal(manifest: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,15 +23,21 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    group: Any = None  # that they talk through; None: the default one
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def beside(self) -> Ranks:
+        """The same ranks on a group of their own, for another thread; all ranks together."""
+        alone = self.world_size == 1
+        return self if alone else replace(self, group=dist.new_group(backend="gloo"))
+
     def barrier(self) -> None:
         """Waits until every rank is here."""
         if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo on every device
+            dist.all_reduce(torch.zeros(1), group=self.group)  # a CPU tensor: gloo on every device
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in rank order, on every rank; values travel as JSON."""
@@ -40,11 +46,11 @@ class Ranks:
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         sizes[self.rank] = payload.numel()
-        dist.all_reduce(sizes)
+        dist.all_reduce(sizes, group=self.group)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: payload.numel()] = payload
         texts = [torch.empty_like(padded) for _ in range(self.world_size)]
-        dist.all_gather(texts, padded)
+        dist.all_gather(texts, padded, group=self.group)
         return [
             json.loads(bytes(text[:size].numpy()))
             for text, size in zip(texts, sizes.tolist(), strict=True)

@@ -40,10 +40,14 @@ class TrainConfig:
     timeout: float  # seconds a collective may take before the run fails
     loss_jump: float  # a loss so many times the recent median rewinds the run; 0: never
     max_rewinds: int  # in one start of the run; then it fails
+    keep_every: int = 0  # steps; checkpoints at their multiples are never deleted; 0: none
+    hang_factor: float = 20.0  # a step of so many times the median hangs; 0: nobody watches
+    hang_seconds: float = 300.0  # but never one that is shorter than this
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"train.steps={self.steps} must be > 0")
-        for name in ("log_every", "val_every", "checkpoint_every", "sample_every", "keep_last"):
+        counts = "log_every", "val_every", "checkpoint_every", "sample_every"
+        for name in (*counts, "keep_last", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be >= 0")
         require(
             self.log_every > 0, "train.log_every=0 must be > 0: metrics.jsonl is always written"
@@ -53,6 +57,11 @@ class TrainConfig:
         jump = self.loss_jump
         require(jump == 0 or jump > 1, f"train.loss_jump={jump} must be > 1, or 0 for never")
         require(self.max_rewinds >= 0, f"train.max_rewinds={self.max_rewinds} must be >= 0")
+        factor = self.hang_factor
+        require(
+            factor == 0 or factor > 1, f"train.hang_factor={factor} must be > 1, or 0 for never"
+        )
+        require(self.hang_seconds > 0, f"train.hang_seconds={self.hang_seconds} must be > 0")
         choice("train.device", self.device, ("auto", "cpu", "cuda"))
 
 

@@ -18,6 +18,7 @@ from longtake.data.latents import read_empty_text, read_manifest, refuse_other_v
 from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
+from longtake.train.checkpoint_writer import BackgroundWriter, Keep
 from longtake.train.checks import require
 from longtake.train.codec import check_text, keep_manifest, load_codec
 from longtake.train.config import (
@@ -49,8 +50,9 @@ from longtake.train.runs import RunPlace, pick_device
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Opponent, Task
 from longtake.train.tracking import Tracker
-from longtake.train.trainer import Training, Validation
+from longtake.train.trainer import Training
 from longtake.train.vae_task import VAETask
+from longtake.train.validation import Validation
 from longtake.train.world_evaluation import WorldEvaluation, prompts_of
 
 FRESH: dict[str, Any] = {
@@ -192,6 +194,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     return Training(
         config=config,
         folder=folder,
+        attempt=ranks.broadcast(tracker.attempt if tracker else None),
         ranks=ranks,
         task=task,
         engine=engine,
@@ -200,6 +203,9 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         slots=slots,
         validation=Validation(prepared.validation, config, ranks),
         quarantine=quarantine,
+        writer=BackgroundWriter(
+            folder / CHECKPOINTS, ranks, Keep(config.train.keep_last, config.train.keep_every)
+        ),
         tracker=tracker,
         console=console,
         signals=StopSignal(),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.data.loader import Batch, Loader, chain_digests, read_batches
+from longtake.data.loader import Batch, Loader, chain_digests
 from longtake.data.plan import Exclusion, Plan
-from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.card import card_row
+from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.config import to_tree
 from longtake.train.console import RunConsole
 from longtake.train.ema import Ema
@@ -26,42 +26,9 @@ from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES,
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, Task
 from longtake.train.tracking import Tracker
+from longtake.train.validation import Validation
+from longtake.train.watchdog import Watchdog
 from longtake.train.world_evaluation import WorldEvaluation
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The fixed validation pass, read anew each time: it may not fit in memory."""
-
-    plan: ValPlan | None
-    config: VAERun | DiTRun
-    ranks: Ranks
-    left_out: dict[int, str] = field(default_factory=dict)  # samples that could not be read: why
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's share; as many batches of the same shapes on every rank."""
-        return self._read(self.ranks.rank, self.ranks.world_size)
-
-    def head(self) -> list[Batch]:
-        """The first validation.num_videos clips, of one shape, alike on all ranks."""
-        head: list[Batch] = []
-        missing = self.config.validation.num_videos
-        for batch in self._read(0, 1) if missing else ():
-            shape = batch.clips[0].sample.shape if batch.counted else None
-            if missing <= 0 or (head and shape != head[0].clips[0].sample.shape):
-                break
-            if shape is not None:
-                head.append(replace(batch, clips=batch.clips[:missing]))
-                missing -= len(batch.clips)
-        return head
-
-    def _read(self, rank: int, world_size: int) -> Iterator[Batch]:
-        if self.plan is None:
-            return
-        micro_batches = self.plan.micro_batches(rank, world_size)
-        for batch in read_batches(self.plan.tables, self.plan.config, micro_batches):
-            self.left_out.update({bad.sample_id: bad.reason for bad in batch.excluded})
-            yield batch
 
 
 @dataclass(frozen=True)
@@ -80,6 +47,7 @@ class Training:
 
     config: VAERun | DiTRun
     folder: Path
+    attempt: int  # how often it was started, this time included
     ranks: Ranks
     task: Task
     engine: Engine
@@ -88,6 +56,7 @@ class Training:
     slots: range  # of this rank
     validation: Validation
     quarantine: Quarantine
+    writer: BackgroundWriter
     tracker: Tracker | None
     console: RunConsole
     signals: StopSignal
@@ -98,15 +67,23 @@ class Training:
     data_hash: str  # of every batch so far, in order: the same at any number of ranks
 
     def __post_init__(self) -> None:
-        self._loader = self._load_from(self.step)
+        self._load_from(self.step)
         self._told: set[int] = set()  # validation samples that are known to be left out
         self.resumed_at = self.step if self.step > 0 else -1
         self._watch = LossWatch(self.config.train.loss_jump)
         self._rewinds = 0
+        self.watchdog = Watchdog(
+            self.folder,
+            self.attempt,
+            self.ranks,
+            self.config.train,
+            lambda: self._loader.describe(),
+        )
 
-    def _load_from(self, step: int) -> Iterator[list[Batch]]:
+    def _load_from(self, step: int) -> None:
         bad = self.quarantine.exclusions
-        return iter(Loader(self.plan, self.slots, start_step=step, exclusions=bad))
+        self._loader = Loader(self.plan, self.slots, start_step=step, exclusions=bad)
+        self._batches = iter(self._loader)
 
     @property
     def evaluate_every(self) -> int:
@@ -115,7 +92,7 @@ class Training:
 
     def load(self) -> list[Batch]:
         """This rank's batches of the present step."""
-        return next(self._loader)
+        return next(self._batches)
 
     def agree(self, batches: list[Batch]) -> Agreed:
         """Share what this rank found: its part of the denominator, bad samples, a stop signal.
@@ -128,16 +105,20 @@ class Training:
             "tokens": sum(self.task.tokens(sample) for sample in samples),
             "samples": len(samples),
             "stop": self.signals.received,
+            "unwritten": self.writer.problem(),
             "data": [batch.digest for batch in batches],
             "bad": [asdict(exclusion) for batch in batches for exclusion in batch.excluded],
         }
         reports = self.ranks.gather(report)
+        unwritten = [r["unwritten"] for r in reports if r["unwritten"]]
+        if unwritten:
+            raise checkpoint.CheckpointError(unwritten[0])
         new = self._exclude([report["bad"] for report in reports])
         if new:
             for exclusion in new:
                 self.console.say(f"left out from here on: {exclusion.reason}")
             self.quarantine.check(self.samples_seen)
-            self._loader = self._load_from(self.step + 1)
+            self._load_from(self.step + 1)
         self.data_hash = chain_digests(self.data_hash, (d for r in reports for d in r["data"]))
         weight, tokens, count = (
             sum(r[k] for r in reports) for k in ("weight", "tokens", "samples")
@@ -193,7 +174,7 @@ class Training:
         new = self._exclude(self.ranks.gather([asdict(exclusion) for exclusion in mine]))
         self.console.say(f"{reason}: {len(new)} samples are left out from here on")
         self.quarantine.check(self.samples_seen)
-        self._loader = self._load_from(self.step)
+        self._load_from(self.step)
 
     def _rewind(self) -> None:
         """Back to the last good checkpoint, if there is one."""
@@ -203,6 +184,7 @@ class Training:
                 f"the loss jumped {self._rewinds} times: train.max_rewinds="
                 f"{self.config.train.max_rewinds}. Lower optim.lr, or look at quarantine.jsonl"
             )
+        self.writer.finish()
         path = checkpoint.find_last_good(self.folder / CHECKPOINTS, self.ranks)
         if path is None:
             self.console.say("there is no checkpoint to go back to: the run goes on as it is")
@@ -212,7 +194,7 @@ class Training:
         self.data_hash = state["data_hash"]
         self.losses.load(state["losses"], self.ranks)
         self.resumed_at = self.step
-        self._loader = self._load_from(self.step)
+        self._load_from(self.step)
         self.console.say(f"back at step {self.step}")
 
     def validate(self) -> None:
@@ -256,7 +238,7 @@ class Training:
             self.log(card_row(card))
 
     def save(self) -> None:
-        """Write a checkpoint; all ranks together."""
+        """Begin to write a checkpoint; all ranks together."""
         state = {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -266,16 +248,8 @@ class Training:
             "adversary": self.task.adversary.state() if self.task.adversary else None,
             "plan": self.plan.fingerprint,
         }
-        checkpoint.save(
-            self.folder / CHECKPOINTS,
-            self.step,
-            self.engine,
-            self.ema,
-            state,
-            to_tree(self.config),
-            adversary=self.task.adversary,
-            keep_last=self.config.train.keep_last,
-        )
+        adversary, config = self.task.adversary, to_tree(self.config)
+        self.writer.start(self.step, self.engine, self.ema, adversary, state, config)
 
     def log(self, row: Mapping[str, float | str]) -> None:
         """A row of metrics at the present step, on rank 0."""
@@ -290,6 +264,8 @@ class Training:
 
     def close(self, exit_code: int) -> None:
         """Give back the terminal, the signals and the tracker."""
+        self.watchdog.close()
+        self.writer.close()
         self.console.close()
         self.signals.restore()
         if self.tracker is not None:
@@ -320,9 +296,11 @@ def train(run: Training) -> bool:
                 if stop or (step > 0 and is_due(step, config.checkpoint_every, is_last)):
                     run.save()
         if is_last or stop:
+            run.writer.finish()
             run.mark(FINISHED if is_last else PREEMPTED)
             return is_last
 
+        run.watchdog.begin(step)
         with speed.waiting():
             batches = run.load()
         agreed = run.agree(batches)
@@ -351,6 +329,7 @@ def train(run: Training) -> bool:
             run.log({**row, "data_hash": run.data_hash})
         run.console.advance(run.step)
         run.examine(batches, taken, agreed.weight, result.skipped)
+        run.watchdog.end()
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:

@@ -297,6 +297,22 @@ def test_a_dit_run_draws_its_prompts(shards: Path, tmp_path: Path) -> None:
     assert probe((drawn / "sample-01.mp4").read_bytes()).frames == 5
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = options(shards, tmp_path)
+    assert train_here([*command, "train.steps=4"]) == 0
+    (tmp_path / "checkpoints" / ".unfinished-step-00000008").write_text(
+        "a file where a folder goes"
+    )
+    assert train_here([*command, "resume=force"]) == 1
+    assert "the checkpoint of step 8 was not written" in (tmp_path / "FAILED").read_text()
+    assert max(losses(tmp_path)) < 12
+    (tmp_path / "checkpoints" / ".unfinished-step-00000008").unlink()
+    assert train_here([*command, "resume=force"]) == 0
+    assert "goes on at step 4" in capsys.readouterr().out
+
+
 def test_a_folder_belongs_to_one_training(
     shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,46 @@
+"""The fixed validation pass of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from longtake.data.loader import Batch, read_batches
+from longtake.data.plan.val_plan import ValPlan
+from longtake.train.ranks import Ranks
+from longtake.train.schema import DiTRun, VAERun
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The fixed validation pass, read anew each time: it may not fit in memory."""
+
+    plan: ValPlan | None
+    config: VAERun | DiTRun
+    ranks: Ranks
+    left_out: dict[int, str] = field(default_factory=dict)  # samples that could not be read: why
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's share; as many batches of the same shapes on every rank."""
+        return self._read(self.ranks.rank, self.ranks.world_size)
+
+    def head(self) -> list[Batch]:
+        """The first validation.num_videos clips, of one shape, alike on all ranks."""
+        head: list[Batch] = []
+        missing = self.config.validation.num_videos
+        for batch in self._read(0, 1) if missing else ():
+            shape = batch.clips[0].sample.shape if batch.counted else None
+            if missing <= 0 or (head and shape != head[0].clips[0].sample.shape):
+                break
+            if shape is not None:
+                head.append(replace(batch, clips=batch.clips[:missing]))
+                missing -= len(batch.clips)
+        return head
+
+    def _read(self, rank: int, world_size: int) -> Iterator[Batch]:
+        if self.plan is None:
+            return
+        micro_batches = self.plan.micro_batches(rank, world_size)
+        for batch in read_batches(self.plan.tables, self.plan.config, micro_batches):
+            self.left_out.update({bad.sample_id: bad.reason for bad in batch.excluded})
+            yield batch
