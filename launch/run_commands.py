@@ -39,21 +39,33 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, help="this node's number, from 0")
     parser.add_argument("--rendezvous", default="", help="HOST:PORT of node 0")
     parser.add_argument("--run-id", default="longtake", help="same name on every node of one run")
-    parser.add_argument("--dry-run", action="store_true", help="check the config, print it, stop")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, help="starts after a rank was killed or has failed"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print config, first steps, parameters, memory; stop"
+    )
 
 
 def run_train(args: argparse.Namespace) -> int:
     """Train in this process, or start torchrun; exit code 0, 1 or 75."""
     from longtake.launch.compose import compose
 
-    launch = Launch(args.nproc, args.nnodes, args.node_rank, args.rendezvous, args.run_id)
+    launch = Launch(
+        num_processes=args.nproc,
+        num_nodes=args.nnodes,
+        node_rank=args.node_rank,
+        rendezvous=args.rendezvous,
+        run_id=args.run_id,
+        max_restarts=args.max_restarts,
+    )
     config = compose(args.overrides)  # a typo must fail here, not on every rank
     if args.dry_run:
-        from longtake.launch.compose import as_json
+        from longtake.launch.dry_run import dry_run
 
-        print(as_json(config))
+        dry_run(config, launch.num_processes * launch.num_nodes)
         return 0
-    if launch.num_processes > 1 or launch.num_nodes > 1:
+    if launch.num_processes > 1 or launch.num_nodes > 1 or launch.max_restarts:
         return run_torchrun(launch, args.overrides, Path(config.output_dir))
     from longtake.train.main import main
 

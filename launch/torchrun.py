@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Launch:
     node_rank: int = 0
     rendezvous: str = ""  # host:port of node 0, with num_nodes > 1
     run_id: str = "longtake"  # the same on every node
+    max_restarts: int = 0  # of all ranks, when one was killed or has failed
 
     def __post_init__(self) -> None:
         if self.num_nodes > 1 and ":" not in self.rendezvous:
@@ -38,6 +40,8 @@ class Launch:
                 f"--node-rank {self.node_rank} must be 0..{self.num_nodes - 1} "
                 f"for --nnodes {self.num_nodes}"
             )
+        if self.max_restarts < 0:
+            raise ValueError(f"--max-restarts {self.max_restarts} must be >= 0")
 
 
 def torchrun_argv(launch: Launch, overrides: Sequence[str]) -> list[str]:
@@ -55,6 +59,7 @@ def torchrun_argv(launch: Launch, overrides: Sequence[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", *where),
         f"--nproc-per-node={launch.num_processes}",
+        f"--max-restarts={launch.max_restarts}",
         "--signals-to-handle=" + ",".join(s.name for s in (*SIGNALS, signal.SIGQUIT)),
         f"--shutdown-timeout={SHUTDOWN_SECONDS}",
         *("-m", "longtake.train", *overrides),
@@ -67,6 +72,7 @@ def torchrun_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "LONGTAKE_LAUNCHED": str(time.time()),
     }
 
 

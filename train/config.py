@@ -36,8 +36,12 @@ FREE_KEYS = (
     *(
         "train.loss_jump",
         "train.max_rewinds",
+        "train.max_skips",
         "train.keep_last",
         "train.keep_every",
+        "train.max_same_step",
+        "train.cost_per_hour",
+        "train.peak_tflops",
         "train.hang_factor",
         "train.hang_seconds",
         "train.num_threads",

@@ -110,6 +110,9 @@ class DiTTask:
         grid = self.config.model.grid(self._latent_shape(sample))
         return grid[0] * grid[1] * grid[2]
 
+    def flops(self, sample: PlannedSample) -> float:
+        return 0.0
+
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
         samples = batch.samples
         noised = self._noise(batch, self._draw_levels(samples))

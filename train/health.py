@@ -1,8 +1,9 @@
-"""What a run does when trouble comes from outside: signals, and samples that are no good."""
+"""What a run does when trouble comes: signals, spikes, and samples that are no good."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from longtake.data.plan import Exclusion
 
@@ -19,6 +21,7 @@ ECHO_SECONDS = 5.0
 # Below this many samples a fraction says little: a few bad clips at the start must not stop a run.
 MIN_SEEN = 200
 NUM_WATCHED, MIN_WATCHED = 100, 10  # losses of which a jump is judged
+NORM_DECAY, MIN_NORMS = 0.97, 25  # of the averages of gradient norms; before, they say little
 
 
 class StopSignal:
@@ -64,6 +67,62 @@ class LossWatch:
         return loss > self.factor * statistics.median(self.recent)
 
 
+class NormWatch:
+    """Adaptive clipping: at the mean of the last gradient norms plus `sigmas` deviations.
+
+    Mean and deviation are exponential averages, into which a norm above the limit goes as the limit
+    (ZClip, arXiv 2504.02507). `fixed` is a limit that always holds; 0 stands for none in both.
+    """
+
+    def __init__(self, sigmas: float, fixed: float) -> None:
+        self.sigmas, self.fixed = sigmas, fixed
+        self.count = 0
+        self.sums = [0.0, 0.0, 0.0]  # of weights, norms and their squares, all decayed alike
+
+    @property
+    def limit(self) -> float:
+        """The norm at which the next step is clipped; 0: it is not."""
+        if not self.sigmas or self.count < MIN_NORMS:
+            return self.fixed
+        weight, norms, squares = self.sums
+        mean = norms / weight
+        deviation = math.sqrt(max(squares / weight - mean**2, 0.0))
+        limit = mean + self.sigmas * deviation
+        return min(limit, self.fixed) if self.fixed else limit
+
+    def add(self, norm: float) -> None:
+        """Count the norm of a step that was taken."""
+        seen = min(norm, self.limit) if self.count >= MIN_NORMS and self.limit else norm
+        new = 1.0, seen, seen**2
+        self.sums = [NORM_DECAY * old + each for old, each in zip(self.sums, new, strict=True)]
+        self.count += 1
+
+
+class Spikes:
+    """What a run remembers of trouble with its numbers: equal on all ranks, kept in checkpoints."""
+
+    def __init__(self, loss_jump: float, clip_sigmas: float, max_grad_norm: float) -> None:
+        self.losses = LossWatch(loss_jump)
+        self.norms = NormWatch(clip_sigmas, max_grad_norm)
+        self.skips = 0  # steps skipped in a row
+        self.rewinds = 0  # returns to a checkpoint, in the whole run
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses.recent,
+            "norms": [self.norms.count, *self.norms.sums],
+            "skips": self.skips,
+            "rewinds": self.rewinds,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a `state()`; returns to a checkpoint since then still count."""
+        self.losses.recent = list(state["losses"])
+        self.norms.count, *self.norms.sums = state["norms"]
+        self.skips = state["skips"]
+        self.rewinds = max(self.rewinds, state["rewinds"])
+
+
 class Quarantine:
     """The append-only list of excluded samples, equal on all ranks.
 
@@ -78,28 +137,41 @@ class Quarantine:
         self.max_bad_fraction = max_bad_fraction
         self.num_rows = num_rows
         self.exclusions: list[Exclusion] = []
+        self._since: dict[int, int] = {}  # sample_id -> first step without it
 
     def agree(self, found: Sequence[Sequence[Exclusion]]) -> list[Exclusion]:
         """Add what the ranks `found` this step (in rank order) and return what is new."""
-        known = {exclusion.sample_id for exclusion in self.exclusions}
         new: dict[int, Exclusion] = {}
         for exclusion in (e for rank in found for e in rank):
-            if exclusion.sample_id not in known:
+            if self._is_news(exclusion):
                 new.setdefault(exclusion.sample_id, exclusion)
         ordered = sorted(new.values(), key=lambda e: (e.from_step, e.sample_id))
-        self.exclusions.extend(ordered)
+        self._extend(ordered)
         if ordered and self.path is not None:
             self._append(self.path, ordered)
         return ordered
 
+    def _is_news(self, exclusion: Exclusion) -> bool:
+        """Whether the sample was not left out at that step already."""
+        return exclusion.from_step < self._since.get(exclusion.sample_id, math.inf)
+
+    def _extend(self, exclusions: Sequence[Exclusion]) -> None:
+        self.exclusions.extend(exclusions)
+        self._since |= {exclusion.sample_id: exclusion.from_step for exclusion in exclusions}
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples are left out."""
+        return len(self._since)
+
     def check(self, samples_seen: int) -> None:
         """ValueError listing the bad samples once they exceed `data.max_bad_fraction`."""
         looked_at = min(max(samples_seen, MIN_SEEN), self.num_rows)
-        if len(self.exclusions) <= self.max_bad_fraction * looked_at:
+        if self.num_samples <= self.max_bad_fraction * looked_at:
             return
         listed = "\n".join(f"  {e.sample_id}: {e.reason}" for e in self.exclusions[-20:])
         raise ValueError(
-            f"data.max_bad_fraction={self.max_bad_fraction}: {len(self.exclusions)} of about "
+            f"data.max_bad_fraction={self.max_bad_fraction}: {self.num_samples} of about "
             f"{looked_at} samples could not be used; repair or filter them, or raise the limit. "
             f"quarantine.jsonl lists all, the last are:\n{listed}"
         )
@@ -108,12 +180,13 @@ class Quarantine:
         return [asdict(exclusion) for exclusion in self.exclusions]
 
     def load(self, state: Sequence[dict[str, int | str]]) -> None:
-        """Take over rows of `state()` and `read_rows()`; of a sample named twice the first."""
-        first: dict[int, Exclusion] = {}
+        """Take over rows of `state()` and `read_rows()`; what says nothing new is dropped."""
+        self.exclusions, self._since = [], {}
         for row in state:
             number, step, reason = int(row["sample_id"]), int(row["from_step"]), str(row["reason"])
-            first.setdefault(number, Exclusion(number, step, reason))
-        self.exclusions = list(first.values())
+            exclusion = Exclusion(number, step, reason)
+            if self._is_news(exclusion):
+                self._extend([exclusion])
 
     @staticmethod
     def read_rows(path: Path, *, repair: bool = True) -> list[dict[str, int | str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -16,7 +17,7 @@ import hydra
 from longtake.data.processes import die_with_parent
 from longtake.train.config import parse_config
 from longtake.train.engine import shutdown
-from longtake.train.run_folder import FAILED, mark
+from longtake.train.run_folder import FAILED, LAUNCHED, PREEMPTED, mark
 from longtake.train.setup import build, check, join
 from longtake.train.trainer import Training, train
 
@@ -30,6 +31,8 @@ def run(cfg: Any) -> int:
     except (ValueError, OSError) as error:
         _complain(error)
         return EXIT_FAILED
+    if _was_preempted(prepared.folder):
+        return EXIT_PREEMPTED
     try:
         ranks, lock = join(prepared)
     except (ValueError, OSError, RuntimeError) as error:
@@ -46,6 +49,14 @@ def run(cfg: Any) -> int:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _was_preempted(folder: Path) -> bool:
+    """Whether torchrun starts again what a signal has ended: it does so after any code but 0."""
+    marker = folder / PREEMPTED
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or not marker.exists():
+        return False
+    return marker.stat().st_mtime > float(os.environ.get(LAUNCHED, "inf"))
 
 
 def _train(training: Training) -> int:

@@ -33,6 +33,7 @@ class OptimConfig:
     max_grad_norm: float  # clip by global norm; 0 never clips
     muon: list[str]  # patterns of names whose matrices are moved by Muon, such as "dit.blocks.*"
     muon_lr_scale: float  # their learning rate, in those of AdamW
+    clip_sigmas: float = 0.0  # clip above the mean norm plus so many deviations as well; 0 does not
 
     def __post_init__(self) -> None:
         checks = (
@@ -48,6 +49,7 @@ class OptimConfig:
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "in [0, 1]"),
             ("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0 never clips)"),
+            ("clip_sigmas", self.clip_sigmas >= 0, ">= 0 (0: max_grad_norm alone)"),
             ("muon_lr_scale", self.muon_lr_scale > 0, "> 0"),
         )
         for key, holds, rule in checks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.decode import encode_video, iter_frames, probe
+from longtake.train.tasks import Drawing
 
 VISIBLE = 256  # px: clips with a shorter side are enlarged up to about this
 IMAGE_FPS = 8.0  # rate of the one-frame mp4 that an image becomes
@@ -65,3 +68,15 @@ def to_frames(video: Tensor) -> np.ndarray:
 def to_pixels(frames: np.ndarray) -> Tensor:
     """uint8 (T, H, W, 3) → float (C, T, H, W) in [-1, 1]."""
     return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).float().div(127.5).sub(1)
+
+
+def write_drawings(folder: Path, drawings: Sequence[Drawing]) -> dict[str, Path]:
+    """One mp4 for each drawing and prompts.json beside them; returns the files by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {drawing.name: folder / f"{drawing.name}.mp4" for drawing in drawings}
+    for drawing in drawings:
+        files[drawing.name].write_bytes(viewing_mp4(drawing.frames, drawing.fps or IMAGE_FPS))
+    captions = {drawing.name: drawing.caption for drawing in drawings}
+    text = json.dumps(captions, indent=1, ensure_ascii=False)
+    (folder / "prompts.json").write_text(text, encoding="utf-8")
+    return files

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 RUNNING, PREEMPTED, FAILED, FINISHED = "RUNNING", "PREEMPTED", "FAILED", "FINISHED"
 MARKERS = (RUNNING, PREEMPTED, FAILED, FINISHED)
 CONFIG, METRICS, QUARANTINE = "config.yaml", "metrics.jsonl", "quarantine.jsonl"
+RANK_TIMES = "ranks.jsonl"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 LOCK = "lock"
+LAUNCHED = "LONGTAKE_LAUNCHED"  # environment: when `longtake train` started torchrun, unix time
 
 
 def mark(folder: Path, marker: str, **details: str | int) -> None:

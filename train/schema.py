@@ -39,15 +39,19 @@ class TrainConfig:
     device: str  # auto | cpu | cuda
     timeout: float  # seconds a collective may take before the run fails
     loss_jump: float  # a loss so many times the recent median rewinds the run; 0: never
-    max_rewinds: int  # in one start of the run; then it fails
+    max_rewinds: int  # returns to a checkpoint; then the run fails
     keep_every: int = 0  # steps; checkpoints at their multiples are never deleted; 0: none
+    max_skips: int = 5  # steps skipped in a row; then back to the last checkpoint; 0: never
     hang_factor: float = 20.0  # a step of so many times the median hangs; 0: nobody watches
     hang_seconds: float = 300.0  # but never one that is shorter than this
+    max_same_step: int = 3  # attempts in a row that end badly at one step; then the run stays ended
+    cost_per_hour: float = 0.0  # of the whole job, in any currency; 0: not known
+    peak_tflops: float = 0.0  # of one device, for MFU; 0: what is known of a GPU of its name
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"train.steps={self.steps} must be > 0")
         counts = "log_every", "val_every", "checkpoint_every", "sample_every"
-        for name in (*counts, "keep_last", "keep_every"):
+        for name in (*counts, "keep_last", "keep_every", "max_skips", "max_same_step"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be >= 0")
         require(
             self.log_every > 0, "train.log_every=0 must be > 0: metrics.jsonl is always written"
@@ -62,6 +66,8 @@ class TrainConfig:
             factor == 0 or factor > 1, f"train.hang_factor={factor} must be > 1, or 0 for never"
         )
         require(self.hang_seconds > 0, f"train.hang_seconds={self.hang_seconds} must be > 0")
+        for name in ("cost_per_hour", "peak_tflops"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be >= 0")
         choice("train.device", self.device, ("auto", "cpu", "cuda"))
 
 

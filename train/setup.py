@@ -18,6 +18,7 @@ from longtake.data.latents import read_empty_text, read_manifest, refuse_other_v
 from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
+from longtake.train.attempts import Attempts
 from longtake.train.checkpoint_writer import BackgroundWriter, Keep
 from longtake.train.checks import require
 from longtake.train.codec import check_text, keep_manifest, load_codec
@@ -32,10 +33,11 @@ from longtake.train.console import RunConsole
 from longtake.train.dit_task import DiTTask
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
-from longtake.train.health import Quarantine, StopSignal
+from longtake.train.health import Quarantine, Spikes, StopSignal
 from longtake.train.init_from import start_from
 from longtake.train.lora import add_adapters
 from longtake.train.metrics import WeightedMean
+from longtake.train.provenance import write_provenance
 from longtake.train.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -48,6 +50,7 @@ from longtake.train.run_folder import (
 )
 from longtake.train.runs import RunPlace, pick_device
 from longtake.train.schema import DiTRun, VAERun
+from longtake.train.step_times import StepTimes
 from longtake.train.tasks import Opponent, Task
 from longtake.train.tracking import Tracker
 from longtake.train.trainer import Training
@@ -61,6 +64,8 @@ FRESH: dict[str, Any] = {
     "data_hash": "",
     "exclusions": [],
     "losses": {"sums": [], "weight": 0.0},
+    "spikes": {"losses": [], "norms": [0, 0.0, 0.0, 0.0], "skips": 0, "rewinds": 0},
+    "useful_seconds": 0.0,
 }
 
 
@@ -179,7 +184,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     quarantine = Quarantine(log, config.data.max_bad_fraction, plan.num_samples)
     written = Quarantine.read_rows(folder / QUARANTINE) if ranks.is_main else None
     quarantine.load([*state["exclusions"], *ranks.broadcast(written)])
-    tracker = _open_folder(prepared, ranks)
+    attempts, tracker = _open_folder(prepared, ranks)
     console = RunConsole(config.stage, config.train.steps, state["step"], ranks.is_main)
     if state["step"] == 0:
         console.say("\n".join([*started, plan.summary()]))
@@ -190,11 +195,15 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
             console.say(f"validation does not measure {gap}")
     losses = WeightedMean()
     losses.load(state["losses"], ranks)
+    times = StepTimes(ranks, 1e12 * config.train.peak_tflops)
+    times.useful = state["useful_seconds"]
+    optim = config.optim
+    spikes = Spikes(config.train.loss_jump, optim.clip_sigmas, optim.max_grad_norm)
+    spikes.load(state["spikes"])
     slots = rank_slots(config.data.micro_batches_per_step, ranks.rank, ranks.world_size)
     return Training(
         config=config,
         folder=folder,
-        attempt=ranks.broadcast(tracker.attempt if tracker else None),
         ranks=ranks,
         task=task,
         engine=engine,
@@ -203,10 +212,14 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         slots=slots,
         validation=Validation(prepared.validation, config, ranks),
         quarantine=quarantine,
+        spikes=spikes,
         writer=BackgroundWriter(
             folder / CHECKPOINTS, ranks, Keep(config.train.keep_last, config.train.keep_every)
         ),
+        attempts=attempts,
+        attempt=ranks.broadcast(attempts.number if attempts else None),
         tracker=tracker,
+        times=times,
         console=console,
         signals=StopSignal(),
         world=_world(config, task, folder, ranks),
@@ -285,18 +298,32 @@ def _resume(
             f"data.train: the shards are not those that {path} was trained on (or were indexed "
             "anew with other content); put them back, use resume=force, or give another output_dir"
         )
-    return state
+    return FRESH | state
 
 
-def _open_folder(prepared: Prepared, ranks: Ranks) -> Tracker | None:
-    """Write what a run folder starts with; every rank has checked the old config before."""
-    ranks.barrier()
-    if not ranks.is_main:
-        return None
+def _open_folder(prepared: Prepared, ranks: Ranks) -> tuple[Attempts | None, Tracker | None]:
+    """Write what a run folder starts with; every rank has checked the old config before.
+
+    RuntimeError, on all ranks, where one more attempt would be one too many.
+    """
     config, folder = prepared.config, prepared.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    attempts, problem = None, ""
+    if ranks.is_main:
+        try:
+            attempts = Attempts(
+                folder, 0 if config.resume == "force" else config.train.max_same_step
+            )
+        except RuntimeError as error:
+            problem = str(error)
+    problem = ranks.broadcast(problem)
+    if problem:
+        raise RuntimeError(problem)
+    if attempts is None:
+        return None, None
     write_config(config, folder / CONFIG)
     if isinstance(config, DiTRun) and config.codec == "vae":
         keep_manifest(config, folder)
     mark(folder, RUNNING, pid=os.getpid(), world_size=ranks.world_size)
-    return Tracker(folder, config.tracking, to_tree(config))
+    tree = to_tree(config)
+    write_provenance(folder, attempts.number, tree, prepared.plan, ranks)
+    return attempts, Tracker(folder, config.tracking, tree, attempts.number)

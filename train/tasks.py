@@ -104,6 +104,11 @@ class Task(Protocol):
         """Positions the model works on for this sample, for the throughput."""
         ...
 
+    def flops(self, sample: PlannedSample) -> float:
+        """Operations of a training step on this sample, forward and backward without recomputation,
+        a multiply-add counting two; 0 where it is not known."""
+        ...
+
     def loss(self, engine: Engine, batch: Batch) -> LossSum: ...
 
     def validate(self, engine: Engine, batches: Iterable[Batch]) -> Means:

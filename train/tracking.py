@@ -9,14 +9,14 @@ import json
 import math
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
 
-from longtake.train.run_folder import METRICS
+from longtake.train.attempts import read_record
+from longtake.train.run_folder import METRICS, RANK_TIMES
 from longtake.train.schema import TrackingConfig
 
 SECRET_NAME = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.I)
@@ -32,12 +32,12 @@ class Tracker:
     of a step appear again, and readers keep the last attempt (`read_metrics`).
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, tree: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, config: TrackingConfig, tree: Mapping[str, Any], attempt: int
+    ) -> None:
         self.run_dir = run_dir
-        record = _read_record(run_dir)
-        self.attempt = int(record["attempts"]) + 1
-        run_id = str(record["wandb_id"])
-        _write_record(run_dir, {"attempts": self.attempt, "wandb_id": run_id})
+        self.attempt = attempt
+        run_id = str(read_record(run_dir)["wandb_id"])
         self._file = _open_rows(run_dir / METRICS)
         self._wandb, self._run = _start_wandb(run_dir, run_id, config, tree) or (None, None)
 
@@ -49,6 +49,12 @@ class Tracker:
         self._file.write(json.dumps({"step": step, "attempt": self.attempt, **clean}) + "\n")
         self._file.flush()
         self._send({**row, "step": step})
+
+    def log_ranks(self, step: int, times: Mapping[str, list[float]]) -> None:
+        """One row of ranks.jsonl: what each rank spent its time on, seconds per step."""
+        row = {"step": step, "attempt": self.attempt, **times}
+        with (self.run_dir / RANK_TIMES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def log_videos(self, step: int, videos: Mapping[str, Path]) -> None:
         """Show mp4 or png files under their names; they stay where they are in the run folder."""
@@ -130,7 +136,7 @@ def send_evaluation(
 ) -> None:
     """Show a finished evaluation in the W&B run of `run_dir`: a row with its step, and a table
     (columns, rows). Nothing where the run is not tracked there."""
-    started = _start_wandb(run_dir, str(_read_record(run_dir)["wandb_id"]), config, tree)
+    started = _start_wandb(run_dir, str(read_record(run_dir)["wandb_id"]), config, tree)
     if started is None:
         return
     wandb, run = started
@@ -189,16 +195,3 @@ def _open_rows(path: Path) -> TextIO:
     if is_torn:
         file.write("\n")
     return file
-
-
-def _read_record(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "run.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {"attempts": 0, "wandb_id": uuid.uuid4().hex[:8]}
-
-
-def _write_record(run_dir: Path, record: Mapping[str, Any]) -> None:
-    scratch = run_dir / "run.json.tmp"
-    scratch.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(scratch, run_dir / "run.json")

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from longtake.data.loader import Batch, Loader, chain_digests
-from longtake.data.plan import Exclusion, Plan
+from longtake.data.plan import Exclusion, Plan, PlannedSample
 from longtake.train import checkpoint
+from longtake.train.attempts import Attempts
 from longtake.train.card import card_row
 from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.config import to_tree
 from longtake.train.console import RunConsole
 from longtake.train.ema import Ema
-from longtake.train.engine import Engine, Ranks
-from longtake.train.health import LossWatch, Quarantine, StopSignal
-from longtake.train.metrics import Throughput, WeightedMean
+from longtake.train.engine import Engine, Ranks, StepResult
+from longtake.train.health import Quarantine, Spikes, StopSignal
+from longtake.train.metrics import WeightedMean
 from longtake.train.optim import lr_at
-from longtake.train.playback import IMAGE_FPS, viewing_mp4
+from longtake.train.playback import write_drawings
 from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
 from longtake.train.schema import DiTRun, VAERun
-from longtake.train.tasks import Drawing, LossSum, Means, Task
+from longtake.train.step_times import StepTimes, Work
+from longtake.train.tasks import LossSum, Means, Task
 from longtake.train.tracking import Tracker
 from longtake.train.validation import Validation
 from longtake.train.watchdog import Watchdog
@@ -36,8 +37,7 @@ class Agreed:
     """What all ranks know about a step once each has loaded its slots."""
 
     weight: float  # denominator of the loss
-    samples: int
-    tokens: int
+    work: Work
     stop: bool
 
 
@@ -47,7 +47,6 @@ class Training:
 
     config: VAERun | DiTRun
     folder: Path
-    attempt: int  # how often it was started, this time included
     ranks: Ranks
     task: Task
     engine: Engine
@@ -56,8 +55,12 @@ class Training:
     slots: range  # of this rank
     validation: Validation
     quarantine: Quarantine
+    spikes: Spikes
     writer: BackgroundWriter
+    attempts: Attempts | None  # on rank 0
+    attempt: int  # number of the present one
     tracker: Tracker | None
+    times: StepTimes
     console: RunConsole
     signals: StopSignal
     world: WorldEvaluation | None
@@ -70,8 +73,6 @@ class Training:
         self._load_from(self.step)
         self._told: set[int] = set()  # validation samples that are known to be left out
         self.resumed_at = self.step if self.step > 0 else -1
-        self._watch = LossWatch(self.config.train.loss_jump)
-        self._rewinds = 0
         self.watchdog = Watchdog(
             self.folder,
             self.attempt,
@@ -90,6 +91,12 @@ class Training:
         """Steps between world evaluations; 0 without one."""
         return self.config.evaluation.every if isinstance(self.config, DiTRun) else 0
 
+    def begin_step(self) -> None:
+        """The present step begins: whoever watches may know."""
+        self.watchdog.begin(self.step)
+        if self.attempts is not None:
+            self.attempts.beat(self.step)
+
     def load(self) -> list[Batch]:
         """This rank's batches of the present step."""
         return next(self._batches)
@@ -102,8 +109,7 @@ class Training:
         samples = [sample for batch in batches for sample in batch.samples]
         report = {
             "weight": sum(self.task.weight(sample) for sample in samples),
-            "tokens": sum(self.task.tokens(sample) for sample in samples),
-            "samples": len(samples),
+            "work": asdict(self._work(samples)),
             "stop": self.signals.received,
             "unwritten": self.writer.problem(),
             "data": [batch.digest for batch in batches],
@@ -120,13 +126,21 @@ class Training:
             self.quarantine.check(self.samples_seen)
             self._load_from(self.step + 1)
         self.data_hash = chain_digests(self.data_hash, (d for r in reports for d in r["data"]))
-        weight, tokens, count = (
-            sum(r[k] for r in reports) for k in ("weight", "tokens", "samples")
-        )
+        work = Work()
+        for each in reports:
+            work.add(Work(**each["work"]))
         stops = [r["stop"] for r in reports if r["stop"]]
         if stops:
             self.console.say(f"{stops[0]}: saving after this step")
-        return Agreed(weight, count, tokens, bool(stops))
+        return Agreed(sum(r["weight"] for r in reports), work, bool(stops))
+
+    def _work(self, samples: list[PlannedSample]) -> Work:
+        return Work(
+            samples=len(samples),
+            frames=sum(sample.shape[0] for sample in samples),
+            tokens=sum(map(self.task.tokens, samples)),
+            flops=sum(map(self.task.flops, samples)),
+        )
 
     def _exclude(self, found: list[list[dict[str, Any]]]) -> list[Exclusion]:
         """Exclusions as every rank found them, agreed on and durable; returns what is new."""
@@ -136,28 +150,37 @@ class Training:
         return new
 
     def examine(
-        self, batches: list[Batch], losses: list[LossSum], weight: float, skipped: bool
+        self, batches: list[Batch], losses: list[LossSum], weight: float, result: StepResult
     ) -> None:
         """Look at the step just taken, of which `weight` is the denominator.
 
         Where it was skipped (something was not finite) its micro-batches of such a loss are left
-        out from here on, or all of them where none has. Where the loss jumped, the run goes back to
-        the last good checkpoint as well. RuntimeError after train.max_rewinds such returns.
+        out from here on, or all of them where none has; after train.max_skips in a row the run goes
+        back to the last good checkpoint, and without them from there on. It goes back where the
+        loss jumped, too. RuntimeError after train.max_rewinds such returns.
         """
-        if skipped:
+        if result.skipped:
             bad = [not math.isfinite(loss.total.item()) for loss in losses]
             reason = f"loss or gradient not finite at step {self.step}"
             self._leave_out(batches, bad, self.step, reason)  # done again, it is skipped again
-        elif self._watch.factor:
-            shares = [loss.total.item() for loss in losses]
-            total = sum(self.ranks.gather(sum(shares))) / weight
-            if self._watch.jumped(total):
-                counts = [sum(map(self.task.weight, batch.samples)) for batch in batches]
-                high = zip(shares, counts, strict=True)
-                bad = [self._watch.is_high(share / count) for share, count in high]
-                reason = f"loss jumped to {total:.4g} at step {self.step}"
-                self._leave_out(batches, bad, self.step - 1, reason)  # done again, without them
-                self._rewind()
+            self.spikes.skips += 1
+            if self.spikes.skips == self.config.train.max_skips:
+                self.rewind(f"{self.spikes.skips} steps in a row were skipped")
+            return
+        self.spikes.skips = 0
+        self.spikes.norms.add(result.grad_norm)
+        if self.spikes.losses.factor:
+            self._examine_loss(batches, [loss.total.item() for loss in losses], weight)
+
+    def _examine_loss(self, batches: list[Batch], shares: list[float], weight: float) -> None:
+        watch = self.spikes.losses
+        total = sum(self.ranks.gather(sum(shares))) / weight
+        if watch.jumped(total):
+            counts = [sum(map(self.task.weight, batch.samples)) for batch in batches]
+            bad = [watch.is_high(share / n) for share, n in zip(shares, counts, strict=True)]
+            reason = f"loss jumped to {total:.4g} at step {self.step}"
+            self._leave_out(batches, bad, self.step - 1, reason)  # done again, without them
+            self.rewind(reason)
 
     def _leave_out(
         self, batches: list[Batch], bad: list[bool], from_step: int, reason: str
@@ -176,13 +199,16 @@ class Training:
         self.quarantine.check(self.samples_seen)
         self._load_from(self.step)
 
-    def _rewind(self) -> None:
-        """Back to the last good checkpoint, if there is one."""
-        self._rewinds += 1
-        if self._rewinds > self.config.train.max_rewinds:
+    def rewind(self, reason: str) -> None:
+        """Back to the last good checkpoint, if there is one; samples that were left out since are
+        left out from there on."""
+        spikes, limit = self.spikes, self.config.train.max_rewinds
+        spikes.rewinds += 1
+        spikes.skips = 0
+        if spikes.rewinds > limit:
             raise RuntimeError(
-                f"the loss jumped {self._rewinds} times: train.max_rewinds="
-                f"{self.config.train.max_rewinds}. Lower optim.lr, or look at quarantine.jsonl"
+                f"{reason}; the run went back {limit} times before: train.max_rewinds={limit}. "
+                "Lower optim.lr, or look at quarantine.jsonl"
             )
         self.writer.finish()
         path = checkpoint.find_last_good(self.folder / CHECKPOINTS, self.ranks)
@@ -193,9 +219,14 @@ class Training:
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.data_hash = state["data_hash"]
         self.losses.load(state["losses"], self.ranks)
+        spikes.load(state["spikes"])
+        self.times.useful = state["useful_seconds"]
+        late = [e for e in self.quarantine.exclusions if e.from_step > self.step]
+        self.quarantine.agree([[replace(each, from_step=self.step) for each in late]])
+        self.ranks.barrier()  # rank 0 has written them down
         self.resumed_at = self.step
         self._load_from(self.step)
-        self.console.say(f"back at step {self.step}")
+        self.console.say(f"{reason}: back at step {self.step}")
 
     def validate(self) -> None:
         """Validation of the raw and of the EMA weights; a row of `val/…` and `val/…_ema`."""
@@ -245,11 +276,27 @@ class Training:
             "data_hash": self.data_hash,
             "losses": self.losses.state(self.ranks),
             "exclusions": self.quarantine.state(),
+            "spikes": self.spikes.state(),
             "adversary": self.task.adversary.state() if self.task.adversary else None,
             "plan": self.plan.fingerprint,
+            "useful_seconds": self.times.useful,
         }
         adversary, config = self.task.adversary, to_tree(self.config)
         self.writer.start(self.step, self.engine, self.ema, adversary, state, config)
+
+    def log_step(self, row: Mapping[str, float | str]) -> None:
+        """A row of what training itself does; all ranks together, and a host sync."""
+        times, by_rank = self.times.read()
+        full = {**row, "samples_seen": self.samples_seen, **self.losses.read(self.ranks), **times}
+        full["quarantined"] = self.quarantine.num_samples
+        if self.attempts is not None:
+            seconds = self.attempts.seconds()
+            full["goodput"] = self.times.useful / self.attempts.since_first_start()
+            if self.config.train.cost_per_hour:
+                full["cost"] = self.config.train.cost_per_hour * seconds / 3600
+        if self.tracker is not None and self.ranks.world_size > 1:
+            self.tracker.log_ranks(self.step, by_rank)
+        self.log({**full, "data_hash": self.data_hash})
 
     def log(self, row: Mapping[str, float | str]) -> None:
         """A row of metrics at the present step, on rank 0."""
@@ -270,6 +317,8 @@ class Training:
         self.signals.restore()
         if self.tracker is not None:
             self.tracker.finish(exit_code)
+        if self.attempts is not None:
+            self.attempts.close()
 
 
 def train(run: Training) -> bool:
@@ -279,12 +328,13 @@ def train(run: Training) -> bool:
     stopping and sum up the denominator, each slot adds its gradient, one AdamW step.
     """
     config, engine, task = run.config.train, run.engine, run.task
-    speed, losses = Throughput(), run.losses
+    times, losses = run.times, run.losses
+    times.start()
     stop = False
     while True:
         step = run.step
         is_last = step == config.steps
-        with speed.pausing():
+        with times.pausing():
             # What a resumed run did at this step before it was saved is not done twice.
             if step != run.resumed_at:
                 if is_due(step, config.val_every, is_last):
@@ -300,50 +350,41 @@ def train(run: Training) -> bool:
             run.mark(FINISHED if is_last else PREEMPTED)
             return is_last
 
-        run.watchdog.begin(step)
-        with speed.waiting():
+        run.begin_step()
+        with times.waiting_for_data():
             batches = run.load()
-        agreed = run.agree(batches)
+        with times.waiting_for_others():
+            agreed = run.agree(batches)
         stop = agreed.stop
         taken = []
         for index, batch in enumerate(batches):
-            loss = task.loss(engine, batch)
-            taken.append(loss)
             is_end = index == len(batches) - 1
-            engine.backward(loss.total / agreed.weight, last=is_end)
+            with times.working():
+                loss = task.loss(engine, batch)
+                taken.append(loss)
+                if not is_end:
+                    engine.backward(loss.total / agreed.weight, last=False)
+            if is_end:
+                engine.backward(loss.total / agreed.weight, last=True)
             if task.adversary and loss.critic is not None:
                 task.adversary.engine.backward(loss.critic / agreed.weight, last=is_end)
             losses.add(loss)
         losses.add_weight(agreed.weight)
-        lr = lr_at(run.config.optim, step, config.steps)
-        result = engine.clip_and_step(lr, run.config.optim.max_grad_norm)
+        lr, clip_at = lr_at(run.config.optim, step, config.steps), run.spikes.norms.limit
+        result = engine.clip_and_step(lr, clip_at)
         played = task.adversary.finish_step(step, agreed.weight) if task.adversary else {}
         run.step = step + 1
         if not result.skipped:
             run.ema.update(run.step)
-        run.samples_seen += agreed.samples
-        speed.count(agreed.samples, agreed.tokens)
+        run.samples_seen += agreed.work.samples
+        times.count(agreed.work)
         if run.step % config.log_every == 0 or run.step == config.steps:
-            row = {"lr": lr, "grad_norm": result.grad_norm, "samples_seen": run.samples_seen}
-            row |= {**played, **losses.read(run.ranks), **speed.read()}  # a host sync
-            run.log({**row, "data_hash": run.data_hash})
+            run.log_step({"lr": lr, "grad_norm": result.grad_norm, "clip_at": clip_at, **played})
         run.console.advance(run.step)
-        run.examine(batches, taken, agreed.weight, result.skipped)
         run.watchdog.end()
+        run.examine(batches, taken, agreed.weight, result)
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:
     """Whether something done every so many steps is due before step `step`; at the end always."""
     return every > 0 and (step % every == 0 or is_last)
-
-
-def write_drawings(folder: Path, drawings: Sequence[Drawing]) -> dict[str, Path]:
-    """One mp4 for each drawing and prompts.json beside them; returns the files by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {drawing.name: folder / f"{drawing.name}.mp4" for drawing in drawings}
-    for drawing in drawings:
-        files[drawing.name].write_bytes(viewing_mp4(drawing.frames, drawing.fps or IMAGE_FPS))
-    captions = {drawing.name: drawing.caption for drawing in drawings}
-    text = json.dumps(captions, indent=1, ensure_ascii=False)
-    (folder / "prompts.json").write_text(text, encoding="utf-8")
-    return files

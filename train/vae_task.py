@@ -66,6 +66,9 @@ class VAETask:
         frames, height, width = self.config.vae.latent_shape(*sample.shape)
         return frames * height * width
 
+    def flops(self, sample: PlannedSample) -> float:
+        return 0.0
+
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
         """Terms of optimizer step `batch.step`; the critic's lesson comes with it."""
         video = batch.stack_video().to(self.device)  # (B, 3, T, H, W)

@@ -9,6 +9,8 @@ import pytest
 from longtake.data.decode import encode_image
 from longtake.data.shards import ShardWriter, scan_shard
 from longtake.launch import cli
+from longtake.launch.dry_run import Network, state_bytes
+from longtake.train.engine import EngineConfig
 
 WORLD = ("--families", "move,leftright", "--frames", "5", "--size", "16x16", "--workers", "1")
 
@@ -146,5 +148,19 @@ def test_config_mistakes_are_one_line(
 
 def test_dry_run_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--dry-run", "experiment=demo_vae", "train.steps=7"]) == 0
-    config = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    config = json.loads(out)
     assert (config["stage"], config["train"]["steps"]) == ("vae", 7)
+    assert "no plan, the run would end here" in err and "vae: " in err
+
+
+def test_dry_run_counts_what_each_rank_holds() -> None:
+    network = Network("dit", num_parameters=1000, num_trainable=1000)
+    ddp, zero2, zero3 = (
+        EngineConfig(strategy, stage, "fp32", "none")
+        for strategy, stage in (("ddp", 0), ("deepspeed", 2), ("deepspeed", 3))
+    )
+    assert state_bytes(network, ddp, 1) == 20_000  # weights, gradients, two moments, EMA
+    assert state_bytes(network, ddp, 4) == 17_000  # only the EMA is divided
+    assert state_bytes(network, zero2, 4) == 4_000 + 20_000 / 4
+    assert state_bytes(network, zero3, 4) == 24_000 / 4

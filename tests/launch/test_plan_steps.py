@@ -132,7 +132,9 @@ def test_a_run_is_audited_with_its_exclusions(
     assert cli.main([*words]) == 0
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    (folder / "config.yaml").write_text(out)
+    assert "step 2, rank 0, slot 0: " in err and "dit: " in err and "text: " in err
     before = run(capsys, folder, "--steps", "0:4")
     victim = before[2]["samples"][1]["sample_id"]
     row = json.dumps({"sample_id": victim, "from_step": 1, "reason": "damaged"})

@@ -40,6 +40,17 @@ def test_a_checkpoint_carries_the_exclusions() -> None:
     assert after.exclusions == [bad(2**62 + 1, 3)]
 
 
+def test_a_sample_may_be_left_out_from_an_earlier_step_on(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.5, 1000)
+    quarantine.agree([[bad(5, step=19)]])
+    assert quarantine.agree([[bad(5, step=16)]]) == [bad(5, step=16)]
+    assert quarantine.agree([[bad(5, step=17)]]) == []
+    resumed = Quarantine(None, 0.5, 1000)
+    resumed.load([*quarantine.state(), *Quarantine.read_rows(tmp_path / "q.jsonl")])
+    assert resumed.exclusions == [bad(5, step=19), bad(5, step=16)]
+    assert resumed.num_samples == 1
+
+
 @pytest.mark.parametrize(
     ("num_bad", "seen", "rows", "stops"),
     [

@@ -10,7 +10,7 @@ import torch
 
 from longtake.data.loader import Batch
 from longtake.train import checkpoint
-from longtake.train.health import LossWatch
+from longtake.train.health import LossWatch, NormWatch
 from longtake.train.run_folder import read_marker
 from longtake.train.tasks import LossSum
 from longtake.train.vae_task import VAETask
@@ -21,6 +21,12 @@ SETTINGS = (
     *("train.steps=24", "optim.schedule=constant", "data.max_bad_fraction=0.9"),
     *("train.loss_jump=20", "engine.precision=fp32"),
 )
+
+# Everything a run remembers besides tensors: what is not here is lost by a resume.
+STATE = {
+    *("step", "samples_seen", "data_hash", "losses", "exclusions", "spikes", "adversary", "plan"),
+    "useful_seconds",
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +41,28 @@ def settings(shards: Path, folder: Path, *more: str) -> list[str]:
     return options(shards, folder, *SETTINGS, *more, task=TINY_VAE)
 
 
-def plant(patch: pytest.MonkeyPatch, factor: float, step: int, slot: int) -> None:
-    """Multiply the loss of one micro-batch, whenever it is computed from the samples it has now."""
+def plant(
+    patch: pytest.MonkeyPatch, factor: float, step: int, slot: int, num_steps: int = 1
+) -> None:
+    """Multiply the loss of one micro-batch of each of some steps, whenever it is computed from the
+    samples it has now."""
     honest = VAETask.loss
-    poisoned: set[int] = set()
+    poisoned: dict[int, set[int]] = {}
 
     def loss(self: VAETask, engine: Any, batch: Batch) -> LossSum:
         found = honest(self, engine, batch)
-        if (batch.step, batch.slot) == (step, slot) and not poisoned:
-            poisoned.update(sample.sample_id for sample in batch.samples)
-        if (batch.step, batch.slot) == (step, slot) and poisoned & {
-            sample.sample_id for sample in batch.samples
-        }:
-            return LossSum(found.total * factor, found.parts)
+        if batch.slot == slot and step <= batch.step < step + num_steps:
+            samples = {sample.sample_id for sample in batch.samples}
+            if samples & poisoned.setdefault(batch.step, samples):
+                return LossSum(found.total * factor, found.parts)
         return found
 
     patch.setattr(VAETask, "loss", loss)
 
 
-def train_planted(ranks: Any, overrides: list[str], factor: float, step: int, slot: int) -> int:
+def train_planted(ranks: Any, overrides: list[str], *planted: Any) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        plant(patch, factor, step, slot)
+        plant(patch, *planted)
         return train_on_rank(ranks, overrides)
 
 
@@ -96,7 +103,8 @@ def test_a_jump_rewinds_and_leaves_its_samples_out(
         "loss jumped to" in said and "2 samples are left out" in said and "back at step 16" in said
     )
     rows = quarantined(folder)
-    assert len(rows) == 2 and {row["from_step"] for row in rows} == {18}
+    assert [row["from_step"] for row in rows] == [18, 18, 16, 16]  # from the checkpoint on
+    assert len({row["sample_id"] for row in rows}) == 2
     assert max(losses(folder).values()) < 1 and read_marker(folder) == "FINISHED"
 
 
@@ -118,11 +126,34 @@ def test_too_many_rewinds_fail_the_run(shards: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2"])
 def test_two_ranks_agree_on_both(shards: Path, strategy: str) -> None:
-    for name, factor in (("nan", math.nan), ("jump", 1e4)):
+    cases = {"nan": (math.nan, 18, 3), "jump": (1e4, 18, 3), "skips": (math.nan, 17, 3, 2)}
+    for name, planted in cases.items():
         folder = shards / f"{strategy}-{name}"
-        overrides = settings(shards, folder, f"engine={strategy}")
-        run_ranks(2, train_planted, overrides, factor, 18, 3)
-        assert read_marker(folder) == "FINISHED" and len(quarantined(folder)) == 2
+        overrides = settings(shards, folder, f"engine={strategy}", "train.max_skips=2")
+        run_ranks(2, train_planted, overrides, *planted)
+        left_out = {row["sample_id"] for row in quarantined(folder)}
+        assert read_marker(folder) == "FINISHED"
+        assert len(left_out) == (3 if name == "skips" else 2)  # one clip was there twice
+        path = checkpoint.find_last_good(folder / "checkpoints")
+        assert path is not None
+        state = json.loads((path / "train_state.json").read_text())
+        assert state.keys() == STATE
+        spikes = state["spikes"]
+        assert spikes["rewinds"] == (name != "nan") and spikes["skips"] == 0
+        if name == "skips":  # steps 18 and 19 were skipped, then done again without those samples
+            assert all(math.isfinite(losses(folder)[step]) for step in range(1, 25))
+
+
+def test_clipping_follows_the_norms_but_not_their_spikes() -> None:
+    norms = NormWatch(sigmas=3.0, fixed=10.0)
+    for index in range(25):
+        assert norms.limit == 10.0  # too early to judge
+        norms.add(1.0 + 0.1 * (-1) ** index)
+    assert norms.limit == pytest.approx(1.3, abs=0.02)  # mean 1, deviation 0.1
+    before = norms.limit
+    norms.add(1e6)
+    assert before < norms.limit < 1.1 * before
+    assert NormWatch(sigmas=0.0, fixed=2.0).limit == 2.0
 
 
 def test_the_watch_judges_by_the_median() -> None:

@@ -1,11 +1,15 @@
 """metrics.jsonl always, W&B offline, and no secrets in either."""
 
 import json
+import os
+import signal
+import warnings
 from pathlib import Path
 
 import pytest
 
 from longtake.data.decode import encode_video
+from longtake.train.attempts import Attempts
 from longtake.train.schema import TrackingConfig
 from longtake.train.tracking import Tracker, read_metrics, redact, send_evaluation
 from tests.data.toy import toy_frames
@@ -15,15 +19,19 @@ OFFLINE = TrackingConfig("wandb", "offline", "longtake", None, None, ["test"])
 ONLINE = TrackingConfig("wandb", "online", "longtake", None, None, [])
 
 
+def start(folder: Path, config: TrackingConfig, tree: dict) -> Tracker:
+    return Tracker(folder, config, tree, Attempts(folder, 0).number)
+
+
 def test_readers_keep_the_last_attempt(tmp_path: Path) -> None:
-    first = Tracker(tmp_path, JSONL, {})
+    first = start(tmp_path, JSONL, {})
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step)})
     first.log(2, {"val/loss": 0.5})
     first.finish(0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "att')  # killed while writing
-    second = Tracker(tmp_path, JSONL, {})
+    second = start(tmp_path, JSONL, {})
     assert (first.attempt, second.attempt) == (1, 2)
     second.log(3, {"loss": 30.0, "lr": float("nan")})
     second.finish(0)
@@ -58,7 +66,7 @@ def test_wandb_offline_keeps_its_id_and_no_secret(
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(encode_video(toy_frames(0), 8))
     for step in (1, 2):
-        tracker = Tracker(tmp_path, OFFLINE, {"note": "planted-secret-42", "lr": 0.5})
+        tracker = start(tmp_path, OFFLINE, {"note": "planted-secret-42", "lr": 0.5})
         tracker.log(step, {"loss": 1.0 / step})
         tracker.log_videos(step, {"clip": clip})
         tracker.finish(0)
@@ -82,7 +90,7 @@ def test_wandb_that_fails_never_stops_the_run(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.warns(UserWarning, match=r"not reachable|W&B is off"):
-        tracker = Tracker(tmp_path, ONLINE, {})
+        tracker = start(tmp_path, ONLINE, {})
     tracker.log(1, {"loss": 2.0})
     tracker.finish(1)
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
@@ -96,7 +104,7 @@ class Dying:
 
 
 def test_wandb_that_dies_is_left_behind(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, JSONL, {})
+    tracker = start(tmp_path, JSONL, {})
     tracker._run = Dying()
     with pytest.warns(UserWarning, match="service is gone"):
         tracker.log(1, {"loss": 2.0})
@@ -105,8 +113,27 @@ def test_wandb_that_dies_is_left_behind(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_wandb_process_stops_nothing(tmp_path: Path) -> None:
+    tracker = start(tmp_path, OFFLINE, {})
+    tracker.log(1, {"loss": 2.0})
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+    killed = [pid for pid, name in names.items() if "wandb" in name]
+    assert killed
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(2, 50):
+            tracker.log(step, {"loss": 1.0})
+        tracker.finish(0)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 49
+
+
 def test_an_evaluation_goes_to_the_run_it_is_of(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, OFFLINE, {})
+    tracker = start(tmp_path, OFFLINE, {})
     tracker.log(1, {"loss": 1.0})
     tracker.finish(0)
     table = ("family", "score"), [["move", 0.5]]

@@ -313,6 +313,28 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
     assert "goes on at step 4" in capsys.readouterr().out
 
 
+def test_a_start_says_what_it_was_made_of_and_no_secret(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUB_TOKEN", "planted-secret-42")
+    monkeypatch.setenv("LONGTAKE_API_KEY", "planted-secret-43")
+    monkeypatch.setattr(sys, "argv", ["longtake", "planted-secret-42"])
+    more = "train.steps=1", "tracking.tags=[planted-secret-42]", "train.cost_per_hour=7200"
+    assert train_here(options(shards, tmp_path, *more)) == 0
+    text = (tmp_path / "provenance" / "attempt-0001.json").read_text()
+    assert "planted-secret" not in text
+    made = json.loads(text)
+    assert made["environment"]["LONGTAKE_API_KEY"] == "***" == made["command"][1]
+    assert made["packages"]["torch"] and made["host"]["ranks"] == 1
+    assert len(made["code"].get("commit", "0" * 40)) == 40
+    assert list(made["data"]["catalogues"]) == [str(shards / "train")]
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert 0 < row["goodput"] < 1 and row["cost"] > 0 and row["quarantined"] == 0
+    assert row["frames_per_second"] == pytest.approx(5 * row["samples_per_second"])
+    beat = json.loads((tmp_path / "heartbeat").read_text())
+    assert (beat["attempt"], beat["step"]) == (1, 0)
+
+
 def test_a_folder_belongs_to_one_training(
     shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
