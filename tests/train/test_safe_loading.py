@@ -3,11 +3,11 @@
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from longtake.data.latents import decode_sample
 from longtake.data.samples import SampleError
@@ -37,12 +37,10 @@ def bomb(proof: Path) -> bytes:
 
 
 def in_zip(bomb: bytes, path: Path) -> None:
-    """The same as torch.save would wrap it."""
-    torch.save({}, path)
-    empty = pickle.dumps({}, protocol=2)
-    data = path.read_bytes()
-    assert empty in data
-    path.write_bytes(data.replace(empty, bomb))
+    """The same in the archive that torch.save writes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bomb)
+        archive.writestr("archive/version", "3\n")
 
 
 def reseal(folder: Path) -> None:

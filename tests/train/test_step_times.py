@@ -19,7 +19,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
 
 def test_the_slowest_rank_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of 5 s: 1 s for data, 2 s for others and 1 s of own work in each."""
-    ticking(monkeypatch, 0, *(0, 1, 0, 2, 0, 1, 1) * 2, 0)
+    ticking(monkeypatch, 0, *(0, 1, 0, 2, 0, 1, 1) * 2, 0, 0)
     others = [10.0, 6.0, 0.0, 2.0, 2.0, 1.5, 0.0]  # of the other rank: data 3 s a step
     monkeypatch.setattr(Ranks, "gather", lambda self, mine: [mine, others])
     times = StepTimes(single_process(), peak_flops=1e3)
