@@ -16,7 +16,9 @@ from longtake.models.dit import DiT
 from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.train.config import check_world_size
+from longtake.train.dit_task import TextToVideo
 from longtake.train.engine import EngineConfig
+from longtake.train.lora import add_adapters
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.vae_task import freeze
 
@@ -69,7 +71,11 @@ def _memory_lines(config: VAERun | DiTRun, world_size: int) -> Iterator[str]:
             f"{network.name}: {network.num_parameters:,} parameters, "
             f"{network.num_trainable:,} of them trained"
         )
-    where = "" if config.engine.offload == "none" else ", in part on the host (engine.offload)"
+    where = (
+        ""
+        if config.engine.offload == "none"
+        else f", in part elsewhere (engine.offload={config.engine.offload})"
+    )
     yield (
         f"memory of each of {world_size} ranks: {total / 1e9:.3f} GB{where} for weights, "
         "gradients, moments and EMA; activations come on top"
@@ -86,9 +92,11 @@ def networks(config: VAERun | DiTRun) -> list[Network]:
             if config.loss.adversarial.weight > 0:
                 built["discriminator"] = Discriminator(config.discriminator.network)
         else:
-            built["dit"] = DiT(config.model)
-            if config.text.kind == "bytes":
-                built["text"] = TextEncoder(config.text)
+            text = TextEncoder(config.text) if config.text.kind == "bytes" else None
+            whole = TextToVideo(DiT(config.model), text, config.text.max_length)
+            if config.lora is not None:
+                add_adapters(whole, config.lora)
+            built |= dict(whole.named_children())
     return [
         Network(
             name,

@@ -237,7 +237,9 @@ def _read_component(kind: Any, place: str, name: str) -> Any:
     else:
         raise ValueError(f"{place}: no such folder, and no hub id (owner/name)")
     try:
-        module, found = kind.from_pretrained(source, subfolder=subfolder, output_loading_info=True)
+        module, found = kind.from_pretrained(  # safetensors alone: nothing is unpickled
+            source, subfolder=subfolder, output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{place}: no {kind.__name__} can be read there: {first}") from error

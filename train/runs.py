@@ -18,6 +18,7 @@ from longtake.train.config import parse_config
 from longtake.train.lora import merge_adapters
 from longtake.train.run_folder import CHECKPOINTS
 from longtake.train.schema import DiTRun, VAERun
+from longtake.train.snapshot import CONFIG
 
 M = TypeVar("M", bound=nn.Module)
 WEIGHTS = {"ema": "ema", "raw": "param"}  # what the user says → the checkpoint's kind
@@ -80,7 +81,7 @@ def find_run(path: Path) -> RunPlace:
 
 def read_run_config(place: RunPlace) -> VAERun | DiTRun:
     """The config the checkpoint was written with."""
-    text = (place.checkpoint / checkpoint.CONFIG).read_text(encoding="utf-8")
+    text = (place.checkpoint / CONFIG).read_text(encoding="utf-8")
     return parse_config(json.loads(text))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from longtake.data.latents import decode_sample
 from longtake.data.samples import SampleError
-from longtake.models.interop import vae_from_folder
+from longtake.models.interop import vae_from_pretrained
 from longtake.train import checkpoint
 from longtake.train.checkpoint import find_last_good, load_full, load_into, save
 from longtake.train.engine import single_process
@@ -81,6 +81,6 @@ def test_latents_and_public_weights(tmp_path: Path, proof: Path, bomb: bytes) ->
         decode_sample(bomb)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
     in_zip(bomb, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        vae_from_folder(tmp_path)
+    with pytest.raises(ValueError, match="safetensors"):
+        vae_from_pretrained(str(tmp_path))
     assert not proof.exists()
