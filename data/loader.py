@@ -103,10 +103,14 @@ def digest_clips(clips: Sequence[Clip]) -> str:
     """xxh3-64 (hex) of all that clips hand to the model, and of the seeds of its draws."""
     state = xxhash.xxh3_64()
     for clip in clips:
-        state.update(json.dumps([clip.sample.seed, clip.sample.times, clip.caption]).encode())
+        state.update(json.dumps(_facts(clip)).encode())
         for tensor in _tensors(clip).values():
             state.update(tensor.contiguous().view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def _facts(clip: Clip) -> list[Any]:
+    return [clip.sample.seed, clip.sample.times, clip.caption, clip.scores]
 
 
 def chain_digests(previous: str, digests: Iterable[str]) -> str:

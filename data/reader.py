@@ -37,6 +37,7 @@ class Clip:
     video: Tensor | None = None
     latents: Tensor | None = None
     text: Tensor | None = None
+    scores: dict[str, float] = field(default_factory=dict)
     truth: dict[str, Any] | None = None
     segments: dict[str, Segment] = field(default_factory=dict)
 
@@ -64,7 +65,8 @@ class SampleReader:
             caption = meta.captions.get(sample.caption_kind)
             if caption is None:
                 raise SampleError(f"caption of kind {sample.caption_kind!r} missing")
-            clip = Clip(sample, caption, sample.fps, truth=meta.fields.get("truth"))
+            clip = Clip(sample, caption, sample.fps, scores=meta.scores())
+            clip.truth = meta.fields.get("truth")
             if source.ext(sample.row) == LATENT_EXTENSION:
                 self._fill_latents(clip, source, payload)
             else:

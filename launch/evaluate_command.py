@@ -53,7 +53,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip-model", type=Path, help="folder of a transformers CLIP")
 
 
-DRAWING = "run out tasks weights captions show steps guidance shift vae_run"
+DRAWING = "run out tasks weights captions show steps guidance shift solver vae_run"
 MEANT = {
     "videos": "videos out prompts_file",
     "clips": f"clips {DRAWING} where catalogue num fps train_shards no_memorisation fvd_weights "
@@ -101,6 +101,7 @@ def _score_on_world(args: argparse.Namespace) -> int:
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "shift": args.shift,
+        "solver": args.solver,
         "batch_size": args.batch_size,
     }
     options = EvaluateOptions(**{name: v for name, v in given.items() if v is not None})
@@ -149,6 +150,7 @@ def _score_on_clips(args: argparse.Namespace) -> int:
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "shift": args.shift,
+        "solver": args.solver,
         "batch_size": args.batch_size,
     }
     options = ClipsOptions(**{name: v for name, v in given.items() if v is not None})

@@ -28,6 +28,7 @@ def sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="sampler steps (default: samples.steps)")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: samples.*)")
     parser.add_argument("--shift", type=float, help="timestep shift (default: samples.shift)")
+    parser.add_argument("--solver", choices=("euler", "unipc"), help="(default: samples.solver)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
 
 
@@ -79,7 +80,26 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder or checkpoint of a DiT")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--prompts-file", type=Path, help="text file, one prompt a line")
-    parser.add_argument("--image", type=Path, help="first frame (image or video file): i2v")
+    parser.add_argument("--image", help="first frame (image or video file): i2v")
+    parser.add_argument("--task", help="one the run was trained on, such as join (default: t2v)")
+    parser.add_argument(
+        "--given",
+        action="append",
+        default=[],
+        metavar="FILE[@FRAME]",
+        help="image or clip that the task gives, in order; may be repeated",
+    )
+    parser.add_argument(
+        "--given-noise", type=float, default=0.0, help="noise level at which they are shown"
+    )
+    parser.add_argument("--negative", help="what to lead away from (default: samples.*)")
+    parser.add_argument(
+        "--tell",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a number the run was told (numbers.sources); may be repeated",
+    )
     parser.add_argument("--out", type=Path, help="folder (default: RUN/samples/command)")
     parser.add_argument("--frames", type=positive, help="(default: the run's first bucket)")
     parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the run's first bucket)")
@@ -105,7 +125,11 @@ def run_sample(args: argparse.Namespace) -> int:
     request = SampleRequest(
         prompts=prompts,
         num_videos=args.num,
-        image=args.image,
+        task=args.task or ("i2v" if args.image else "t2v"),
+        given=[*([args.image] if args.image else []), *args.given],
+        given_noise=args.given_noise,
+        negative=args.negative,
+        numbers=dict(map(told_number, args.tell)),
         frames=args.frames,
         size=args.size,
         fps=args.fps,
@@ -114,6 +138,7 @@ def run_sample(args: argparse.Namespace) -> int:
         steps=args.steps,
         guidance_scale=args.guidance,
         shift=args.shift,
+        solver=args.solver,
         batch_size=args.batch_size,
     )
     paths = sample_to_files(
@@ -122,6 +147,15 @@ def run_sample(args: argparse.Namespace) -> int:
     for path in paths:
         print(path)
     return 0
+
+
+def told_number(text: str) -> tuple[str, float]:
+    """NAME=NUMBER; ValueError for anything else."""
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise ValueError(f"--tell {text}: must be NAME=NUMBER, such as fps=24") from None
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,29 +1,159 @@
-"""What is given: every task is a mask over the latent (T, H, W); True is given, clean, no loss.
+"""What is given: a task names latent frames, a mask (T, H, W) says it to loss and sampler.
 
-Given latents stay in place with noise level 0; the others carry the sample's level. The masks may
-vary in space as well: nothing below assumes whole frames.
+True is given: known, without loss, at a noise level of its own (0 is clean). The masks may vary in
+space as well: nothing but the tasks below assumes whole frames. Frames come in units of
+`patch_size[0]`, so that no token is given in part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-# Latent frames given at the front, by task. A latent frame 0 is one pixel frame, so i2v gives
-# exactly one image.
-GIVEN_PREFIX = {"t2v": 0, "i2v": 1}
-TASKS = tuple(GIVEN_PREFIX)
+Draw = Callable[[str], float]
+"""A draw in [0, 1) by its purpose: a sample's own in training, `middle` where it must be fixed."""
+
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, mod 1, spread evenly: an order for equal draws
 
 
-def check_tasks(weights: Mapping[str, float]) -> None:
+def middle(purpose: str) -> float:
+    """The draw of validation, evaluation and sampling: lengths halfway between their bounds."""
+    return 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """`units(count, least, draw)` are those given of a clip of `count` units, of which `least`
+    show a motion; `fewest(least)` are the units that a clip must have."""
+
+    units: Callable[[int, int, Draw], Iterable[int]]
+    fewest: Callable[[int], int]
+    is_prefix: bool = False  # gives nothing but the beginning of a clip
+    is_image: bool = False  # makes clips of one frame only
+    is_frame: bool = False  # gives exactly one latent frame, so the patch must be one frame long
+
+
+def _between(least: int, most: int, u: float) -> int:
+    return least + int(u * (most - least + 1))
+
+
+def _front(count: int, least: int, draw: Draw) -> Iterable[int]:
+    return range(_between(least, max(least, count // 2), draw("given.front")))
+
+
+def _back(count: int, least: int, draw: Draw) -> Iterable[int]:
+    return range(count - _between(least, max(least, count // 2), draw("given.back")), count)
+
+
+def _every_kth(count: int, least: int, draw: Draw) -> Iterable[int]:
+    return range(0, count, _between(2, min(4, count - 1), draw("given.every")))
+
+
+def _both_ends(count: int, least: int, draw: Draw) -> Iterable[int]:
+    most = (count - 1) // 2
+    front, back = (_between(least, most, draw(name)) for name in ("given.front", "given.back"))
+    return (*range(front), *range(count - back, count))
+
+
+def _random(count: int, least: int, draw: Draw) -> Iterable[int]:
+    keys = [(draw(f"given.{unit}") + unit * _GOLDEN) % 1 for unit in range(count)]
+    order = sorted(range(count), key=keys.__getitem__)
+    return order[: _between(1, count - 1, draw("given.number"))]
+
+
+TASKS = {
+    "t2v": Task(lambda count, least, draw: (), lambda least: 1, is_prefix=True),
+    "t2i": Task(lambda count, least, draw: (), lambda least: 1, is_prefix=True, is_image=True),
+    # a latent frame 0 is one pixel frame, so i2v gives exactly one image
+    "i2v": Task(lambda count, least, draw: (0,), lambda least: 2, is_prefix=True, is_frame=True),
+    "extend_forward": Task(_front, lambda least: least + 1, is_prefix=True),
+    "extend_backward": Task(_back, lambda least: least + 1),
+    "first_last": Task(lambda count, least, draw: (0, count - 1), lambda least: 3),
+    "in_between": Task(_every_kth, lambda least: 3),
+    "join": Task(_both_ends, lambda least: 2 * least + 1),
+    "random_frames": Task(_random, lambda least: 2),
+}
+GIVES_NOTHING = frozenset(("t2v", "t2i"))
+
+
+@dataclass(frozen=True)
+class GivenFrames:
+    """Runs of latent frames that are given, in order, none touching the next.
+
+    Those `in_place` replace the noise. `segments` are encoded alone and appended as tokens with the
+    places of these frames: a causal codec's latents behind the first run have seen what comes
+    before, which is to be generated.
+    """
+
+    in_place: tuple[range, ...] = ()
+    segments: tuple[range, ...] = ()
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """All of them, in order."""
+        return self.in_place + self.segments
+
+    def keep(self, is_kept: Callable[[int], bool]) -> "GivenFrames":
+        """Without the runs whose number (0 is the first) is not kept."""
+        kept = [run for number, run in enumerate(self.runs) if is_kept(number)]
+        return replace(
+            self,
+            in_place=tuple(run for run in self.in_place if run in kept),
+            segments=tuple(run for run in self.segments if run in kept),
+        )
+
+
+def given_frames(
+    task: str, num_frames: int, *, patch: int = 1, is_causal: bool = False, draw: Draw = middle
+) -> GivenFrames:
+    """What a task gives of a clip of `num_frames` latent frames, `patch` of which share a token.
+
+    `is_causal` says that latents depend on those before them, as a VAE's do: then only the
+    beginning stays in place. ValueError for a clip that is too short, or too long for an image.
+    """
+    if reason := unfit(task, num_frames, patch):
+        raise ValueError(f"task {task}: {reason}")
+    count, least = num_frames // patch, -(-2 // patch)
+    units = sorted(TASKS[task].units(count, least, draw))
+    runs = _runs(units, patch)
+    first = 1 if runs and runs[0].start == 0 else 0
+    return GivenFrames(runs[:first], runs[first:]) if is_causal else GivenFrames(runs)
+
+
+def unfit(task: str, num_frames: int, patch: int = 1) -> str:
+    """Why clips of `num_frames` latent frames cannot serve a task; "" where they can."""
+    rule = TASKS[task]
+    if rule.is_frame and patch > 1:
+        return f"it gives one latent frame: model.patch_size[0]={patch} must be 1"
+    if rule.is_image and num_frames > 1:
+        return f"it makes images, this clip has {num_frames} latent frames"
+    fewest = rule.fewest(-(-2 // patch)) * patch
+    if not rule.is_image and num_frames < fewest:
+        return f"it needs {fewest} latent frames, this clip has {num_frames}"
+    return ""
+
+
+def _runs(units: Iterable[int], patch: int) -> tuple[range, ...]:
+    """Latent frames of the units, neighbours joined."""
+    runs: list[range] = []
+    for unit in units:
+        frames = range(unit * patch, (unit + 1) * patch)
+        if runs and runs[-1].stop == frames.start:
+            frames = range(runs.pop().start, frames.stop)
+        runs.append(frames)
+    return tuple(runs)
+
+
+def check_tasks(weights: Mapping[str, float], key: str = "tasks") -> None:
     """ValueError for an unknown task, a negative weight or weights that sum to zero."""
     for task, weight in weights.items():
-        if task not in GIVEN_PREFIX:
-            raise ValueError(f"tasks.{task}: unknown task, choose from {', '.join(TASKS)}")
+        if task not in TASKS:
+            raise ValueError(f"{key}.{task}: unknown task, choose from {', '.join(TASKS)}")
         if weight < 0:
-            raise ValueError(f"tasks.{task}={weight} must not be negative")
+            raise ValueError(f"{key}.{task}={weight} must not be negative")
     if sum(weights.values()) <= 0:
-        raise ValueError(f"tasks={dict(weights)}: at least one weight must be positive")
+        raise ValueError(f"{key}={dict(weights)}: at least one weight must be positive")
 
 
 def draw_task(u: float, weights: Mapping[str, float]) -> str:
@@ -40,16 +170,11 @@ def draw_task(u: float, weights: Mapping[str, float]) -> str:
     return chosen
 
 
-def given_mask(task: str, shape: tuple[int, int, int]) -> Tensor:
-    """Mask (T, H, W) bool of a task. ValueError where it would leave nothing to generate."""
-    check_tasks({task: 1.0})
-    prefix = GIVEN_PREFIX[task]
-    if prefix >= shape[0]:
-        raise ValueError(
-            f"task {task} gives {prefix} latent frames of {shape[0]}: use longer clips or t2v"
-        )
+def given_mask(given: GivenFrames, shape: tuple[int, int, int]) -> Tensor:
+    """Mask (T, H, W) bool of what is given in place."""
     mask = torch.zeros(shape, dtype=torch.bool)
-    mask[:prefix] = True
+    for run in given.in_place:
+        mask[run.start : run.stop] = True
     return mask
 
 
@@ -82,14 +207,17 @@ def num_noisy_tokens(mask: Tensor, patch_size: tuple[int, int, int]) -> int:
 
 
 def noise_levels(
-    t: Tensor, masks: Tensor, patch_size: tuple[int, int, int]
+    t: Tensor,
+    masks: Tensor,
+    patch_size: tuple[int, int, int],
+    given_level: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`levels` (B, 2) and `level_index` (B, N) for the DiT from t (B,) and masks (B, T, H, W).
 
-    Level 0 of a sample is its t, level 1 is 0 for what is given. (None, None) where nothing is:
-    plain t is cheaper.
+    Level 0 of a sample is its t, level 1 is `given_level` (B,), None for clean, where latents are
+    given. (None, None) where nothing is: plain t is cheaper.
     """
     if not bool(masks.any()):
         return None, None
-    levels = torch.stack((t, torch.zeros_like(t)), dim=1)
+    levels = torch.stack((t, torch.zeros_like(t) if given_level is None else given_level), dim=1)
     return levels, given_tokens(masks, patch_size).long().to(t.device)

@@ -4,6 +4,7 @@ noisy = (1 − t)·clean + t·noise, and the network's target is velocity = nois
 also predict the clean latents; its loss is still the squared error of the velocity they imply.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 Prediction = Literal["velocity", "clean"]
+Distribution = Literal["logit_normal", "uniform", "mode"]
 
 # Under clean prediction the velocity error is the clean error / t²; t is held at this floor so that
 # nearly clean samples do not own the loss (arXiv 2511.13720 §4).
@@ -21,14 +23,18 @@ LOSS_MIN_T = 0.05
 class TimestepConfig:
     """Distribution of training noise levels (SD3, arXiv 2403.03206 §3.1).
 
-    logit-normal(`mean`, `std`) for a share of 1 − `uniform_share`, uniform for the rest, then
-    shifted towards noise by `shift` (1 leaves it).
+    `distribution` for a share of 1 − `uniform_share`, uniform for the rest, then shifted towards
+    noise by `shift` (1 leaves it): of every sample, or with `base_tokens` of one with so many
+    video tokens, others by the root of their ratio to it.
     """
 
-    mean: float = 0.0
+    mean: float = 0.0  # of the logit-normal
     std: float = 1.0
     uniform_share: float = 0.1
     shift: float = 1.0
+    distribution: Distribution = "logit_normal"
+    mode_scale: float = 1.29  # of mode sampling: > 0 prefers the middle, < 0 the ends
+    base_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.std <= 0:
@@ -37,24 +43,50 @@ class TimestepConfig:
             raise ValueError(f"timesteps.uniform_share={self.uniform_share} must be in [0, 1]")
         if self.shift <= 0:
             raise ValueError(f"timesteps.shift={self.shift} must be positive; 1 shifts nothing")
+        if not -1 <= self.mode_scale <= 2 / (math.pi - 2):
+            raise ValueError(
+                f"timesteps.mode_scale={self.mode_scale} must be in [-1, {2 / (math.pi - 2):.3f}]: "
+                "beyond it, mode sampling is no distribution"
+            )
+        if self.base_tokens is not None and self.base_tokens < 1:
+            raise ValueError(f"timesteps.base_tokens={self.base_tokens} must be positive, or null")
 
 
-def sample_timesteps(uniform: Tensor, normal: Tensor, config: TimestepConfig) -> Tensor:
-    """Noise levels (B,) from per-sample draws: uniform in [0, 1) and standard normal, both (B,)."""
-    logit_normal = torch.sigmoid(config.mean + config.std * normal)
+def sample_timesteps(
+    uniform: Tensor, normal: Tensor, config: TimestepConfig, num_tokens: Tensor | None = None
+) -> Tensor:
+    """Noise levels (B,) from per-sample draws: uniform in [0, 1) and standard normal, both (B,).
+
+    `num_tokens` (B,) counts each sample's video tokens; `config.base_tokens` asks for it.
+    """
     share = config.uniform_share
+    if config.distribution == "logit_normal":
+        levels = torch.sigmoid(config.mean + config.std * normal)
+    elif config.distribution == "mode":
+        levels = _mode(torch.special.ndtr(normal), config.mode_scale)
+    else:
+        levels, share = uniform, 0.0
     flat = uniform / share if share > 0 else uniform
-    return shift_timesteps(torch.where(uniform < share, flat, logit_normal), config.shift)
+    shift: float | Tensor = config.shift
+    if config.base_tokens is not None:
+        assert num_tokens is not None
+        shift = shift * shift_for_tokens(num_tokens, config.base_tokens)
+    return shift_timesteps(torch.where(uniform < share, flat, levels), shift)
 
 
-def shift_timesteps(t: Tensor, shift: float) -> Tensor:
+def _mode(u: Tensor, scale: float) -> Tensor:
+    """Mode sampling with heavy tails (SD3, eq. 20) of u uniform in [0, 1]."""
+    return 1 - u - scale * (torch.cos(math.pi / 2 * u).square() - 1 + u)
+
+
+def shift_timesteps(t: Tensor, shift: float | Tensor) -> Tensor:
     """shift·t / (1 + (shift − 1)·t): keeps 0 and 1, moves the rest towards noise for shift > 1."""
     return shift * t / (1 + (shift - 1) * t)
 
 
-def shift_for_tokens(num_tokens: int, base_tokens: int) -> float:
+def shift_for_tokens(num_tokens: Tensor, base_tokens: int) -> Tensor:
     """√(num_tokens / base_tokens): equal destruction at every size (SD3, eq. 23)."""
-    return (num_tokens / base_tokens) ** 0.5
+    return (num_tokens / base_tokens).sqrt()
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -106,6 +138,12 @@ def flow_loss(
         error = (output - clean).square().mean(1) / weight.view(-1, 1, 1, 1)
     patch_volume = patch_size[0] * patch_size[1] * patch_size[2]
     return error.masked_fill(given, 0.0).flatten(1).sum(1) / patch_volume
+
+
+def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
+    """Weight of the velocity loss at t that gives the clean error min(SNR, gamma), where
+    SNR = ((1 − t) / t)² (arXiv 2303.09556 §3.4): min((1 − t)², gamma·t²)."""
+    return torch.minimum((1 - t).square(), gamma * t.square())
 
 
 def _expand(t: Tensor, like: Tensor) -> Tensor:

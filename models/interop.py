@@ -19,6 +19,7 @@ from longtake.models.vae_config import VAEConfig
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w.-]+))?")
 # Our name → theirs, tried in this order; what no rule matches keeps its name.
@@ -284,3 +285,12 @@ def _check_names(expected: set[str], found: set[str], what: str) -> None:
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if missing or unexpected:
         raise ValueError(f"weights of {what}: missing {missing[:8]}, unexpected {unexpected[:8]}")
+
+
+def unipc_scheduler(shift: float) -> "UniPCMultistepScheduler":
+    """The multistep solver of the stock Wan pipelines, for flows shifted by `shift`."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )

@@ -1,19 +1,20 @@
-"""Sampling by flow-match Euler, from explicit noise.
+"""Sampling from explicit noise, by flow-match Euler or the multistep solver UniPC.
 
-The noise levels and the update equal those of diffusers' `FlowMatchEulerDiscreteScheduler` with a
-fixed shift, so an exported pipeline draws the same video from the same noise.
+Noise levels and updates are those of diffusers' `FlowMatchEulerDiscreteScheduler` and
+`UniPCMultistepScheduler` with a fixed shift, so an exported pipeline draws the same video from the
+same noise.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from longtake.models.conditioning import noise_levels
-from longtake.models.flow import Prediction, as_velocity, shift_timesteps
+from longtake.models.flow import Prediction, add_noise, as_velocity, shift_timesteps
+from longtake.models.interop import unipc_scheduler
 
 NUM_TRAIN_LEVELS = 1000  # the stock scheduler's grid; its coarsest level 1/1000 ends the schedule
 
@@ -33,6 +34,17 @@ class Denoiser(Protocol):
     ) -> Tensor: ...
 
 
+class Solver(Protocol):
+    """Walks down the noise `levels` (steps + 1,), from nearly 1 to 0."""
+
+    levels: Tensor
+    told: Tensor  # (steps,) what the network is told of the first `steps` levels
+
+    def step(self, index: int, velocity: Tensor, latents: Tensor) -> Tensor:
+        """Latents at level index + 1 from those at level `index`, in this order, once each."""
+        ...
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """`shift` > 1 spends more steps at high noise; `guidance_scale` 1 switches guidance off."""
@@ -40,6 +52,7 @@ class SamplerConfig:
     steps: int = 24
     shift: float = 3.0
     guidance_scale: float = 4.0
+    solver: Literal["euler", "unipc"] = "euler"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -62,15 +75,19 @@ class TextInput:
 
 @dataclass(frozen=True)
 class Given:
-    """Latents (B, C, T, H, W) that are known where `mask` (B, T, H, W) is True."""
+    """Latents (B, C, T, H, W) that are known where `mask` (B, T, H, W) is True.
+
+    A noise `level` above 0, which the network is told, lets it mend what is given to it.
+    """
 
     latents: Tensor
     mask: Tensor
     patch_size: tuple[int, int, int]
+    level: float = 0.0
 
 
 def schedule(steps: int, shift: float) -> Tensor:
-    """Noise levels (steps + 1,), fp32, from 1 down to 0.
+    """Noise levels (steps + 1,), fp32, from 1 down to 0, of Euler.
 
     The stock scheduler takes `steps` even levels between the shifted ends of its training grid,
     and shifts them again.
@@ -79,6 +96,37 @@ def schedule(steps: int, shift: float) -> Tensor:
     levels = torch.linspace(1.0, float(last), steps, dtype=torch.float64)
     levels = shift_timesteps(levels, shift)
     return torch.cat((levels, levels.new_zeros(1))).float()
+
+
+class Euler:
+    """First order: a straight line along the velocity."""
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self.levels = schedule(config.steps, config.shift)
+        self.told = self.levels[:-1]
+
+    def step(self, index: int, velocity: Tensor, latents: Tensor) -> Tensor:
+        """A step of `Solver`."""
+        level, following = self.levels[index : index + 2].tolist()
+        return latents + (following - level) * velocity
+
+
+class UniPC:
+    """Second order from the steps before (arXiv 2302.04867), by diffusers."""
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self._stock = unipc_scheduler(config.shift)
+        self._stock.set_timesteps(config.steps)
+        self.levels = self._stock.sigmas.float()
+        self.told = self._stock.timesteps / NUM_TRAIN_LEVELS  # whole thousandths, as it tells them
+
+    def step(self, index: int, velocity: Tensor, latents: Tensor) -> Tensor:
+        """A step of `Solver`."""
+        time = self._stock.timesteps[index]
+        return self._stock.step(velocity, time, latents, return_dict=False)[0]
+
+
+SOLVERS: dict[str, Callable[[SamplerConfig], Solver]] = {"euler": Euler, "unipc": UniPC}
 
 
 @torch.no_grad()
@@ -96,9 +144,9 @@ def sample(
     """Latents (B, C, T, H, W), fp32, drawn from `noise` of that shape.
 
     With guidance, v = v(negative) + scale·(v(text) − v(negative)) (arXiv 2207.12598); `negative`
-    is the encoding of "" for every sample. Given latents are put in place before every step and
-    told to the network as level 0. `on_step(i)` is called after each step.
-    Raises ValueError for guidance without `negative`.
+    is the encoding of "" for every sample, or of what is not wanted. Given latents are put in place
+    before every step and told to the network at their own level; they are returned as given.
+    `on_step(i)` is called after each step. Raises ValueError for guidance without `negative`.
     """
     guided = config.guidance_scale != 1
     if guided and negative is None:
@@ -106,12 +154,19 @@ def sample(
             f"sampler.guidance_scale={config.guidance_scale} needs the encoding of the empty "
             "prompt as `negative`; set it to 1 to sample without guidance"
         )
-    latents = _put(noise.float(), given)
-    for index, (level, following) in enumerate(_pairs(schedule(config.steps, config.shift))):
-        t = torch.full((noise.shape[0],), level, device=noise.device)
+    solver = SOLVERS[config.solver](config)
+    noise = noise.float()
+    known = None
+    if given is not None and given.level > 0:
+        known = replace(given, latents=add_noise(given.latents.float(), noise, _filled(given)))
+    latents = _put(noise, known or given)
+    for index, (level, told) in enumerate(zip(solver.levels.tolist(), solver.told, strict=False)):
+        sigma, t = (
+            torch.full(noise.shape[:1], float(x), device=noise.device) for x in (level, told)
+        )
         levels = level_index = None
         if given is not None:
-            levels, level_index = noise_levels(t, given.mask, given.patch_size)
+            levels, level_index = noise_levels(t, given.mask, given.patch_size, _filled(given))
 
         def velocity(condition: TextInput) -> Tensor:
             output = dit(
@@ -122,20 +177,21 @@ def sample(
                 levels=levels,  # noqa: B023
                 level_index=level_index,  # noqa: B023
             )
-            return as_velocity(output.float(), latents, t, prediction)  # noqa: B023
+            return as_velocity(output.float(), latents, sigma, prediction)  # noqa: B023
 
         direction = velocity(text)
         if guided and negative is not None:
             empty = velocity(negative)
             direction = empty + config.guidance_scale * (direction - empty)
-        latents = _put(latents + (following - level) * direction, given)
+        latents = _put(solver.step(index, direction, latents), known or given)
         if on_step is not None:
             on_step(index)
-    return latents
+    return _put(latents, given)
 
 
-def _pairs(levels: Tensor) -> list[tuple[float, float]]:
-    return list(pairwise(levels.tolist()))
+def _filled(given: Given) -> Tensor:
+    """(B,) levels of what is given."""
+    return torch.full(given.mask.shape[:1], given.level, device=given.latents.device)
 
 
 def _put(latents: Tensor, given: Given | None) -> Tensor:

@@ -17,13 +17,15 @@ from longtake.data.decode import encode_image, encode_video
 from longtake.data.loader import Batch, Clip
 from longtake.data.randomness import derive_seed
 from longtake.data.transforms import to_float, to_uint8
-from longtake.models.conditioning import GIVEN_PREFIX, given_mask, noise_levels, num_noisy_tokens
+from longtake.data.world.given import held_frames
+from longtake.models.conditioning import given_mask, noise_levels, num_noisy_tokens, unfit
 from longtake.models.flow import Prediction, add_noise, flow_loss
 from longtake.train.codec import Codec
 from longtake.train.fidelity import ClipScorer, VideoDetector, flicker, psnr, ssim
+from longtake.train.painter import GivenClips, Painter, noise_for
 from longtake.train.playback import to_frames
-from longtake.train.sample import Painter, noise_for
 from longtake.train.tasks import normal_draws
+from longtake.train.world_prompts import given_of
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,9 @@ class Judge:
         self._show(batch, {"truth": truth.clips, "codec": codec})
         of_clips: list[list[dict[str, Any]]] = [[] for _ in captions]
         for task in tasks:
-            if GIVEN_PREFIX[task] >= truth.latents.shape[2]:
-                name = "x".join(map(str, shape))
-                found.left_out[f"task {task} gives all frames of {name}"] += len(captions)
+            patch = self.run.config.model.patch_size[0]
+            if reason := unfit(task, truth.latents.shape[2], patch):
+                found.left_out[f"task {task}: {reason}"] += len(captions)
                 continue
             drawn = self._view(self._draw(task, truth, batch), captions)
             self._show(batch, {task: drawn.clips})
@@ -138,11 +140,11 @@ class Judge:
 
     def _draw(self, task: str, truth: View, batch: Batch) -> Tensor:
         """Pixels (B, 3, T, H, W) in [-1, 1]; noise from (seed, key) alone."""
-        given = self.codec.given_frames(task)
+        frames = given_of(self.painter, task, truth.clips.shape[2])
         seeds = [derive_seed(self.seed, clip.sample.key) for clip in batch.clips]
         noise = torch.stack([noise_for(seed, truth.latents.shape[1:]) for seed in seeds])
-        first = truth.clips[:, :, :given] * 2 - 1 if given else None
-        return self.painter.draw([clip.caption for clip in batch.clips], noise, first)
+        given = GivenClips(truth.clips * 2 - 1, frames) if frames.runs else None
+        return self.painter.draw([clip.caption for clip in batch.clips], noise, given)
 
     def _compare(
         self, task: str, drawn: View, truth: View, codec: Tensor
@@ -155,12 +157,13 @@ class Judge:
         }
         if drawn.clip_score is not None and truth.clip_score is not None:
             values |= {"clip_score": drawn.clip_score, "clip_score_truth": truth.clip_score}
-        given = self.codec.given_frames(task)
+        count = truth.clips.shape[2]
+        given = self.codec.pixel_frames(given_of(self.painter, task, count))
         if not given:
             return values
-        rest = truth.clips[:, :, given:]
-        held = truth.clips[:, :, given - 1 : given].expand_as(rest)
-        rivals = {"": drawn.clips[:, :, given:], "_held": held, "_codec": codec[:, :, given:]}
+        made, still = sorted(set(range(count)) - set(given)), held_frames(given, count)
+        rest, held = truth.clips[:, :, made], truth.clips[:, :, [still[i] for i in made]]
+        rivals = {"": drawn.clips[:, :, made], "_held": held, "_codec": codec[:, :, made]}
         for ending, clips in rivals.items():
             values |= {f"psnr{ending}": psnr(clips, rest), f"ssim{ending}": ssim(clips, rest)}
         return values
@@ -170,7 +173,8 @@ class Judge:
         validation pass where the task is t2v."""
         config, samples = self.run.config, batch.samples
         patch = config.model.patch_size
-        mask = given_mask(task, (clean.shape[2], clean.shape[3], clean.shape[4])).to(self.device)
+        frames = self.codec.given(task, clean.shape[2], patch[0])
+        mask = given_mask(frames, (clean.shape[2], clean.shape[3], clean.shape[4])).to(self.device)
         given = mask.expand(len(clean), *mask.shape)
         embeds, lens = self.run.text(self.painter.tokenizer([clip.caption for clip in batch.clips]))
         prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"

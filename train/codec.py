@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
 from longtake.data.segments import Segment, SegmentSpec
-from longtake.models.conditioning import GIVEN_PREFIX
+from longtake.models.conditioning import Draw, GivenFrames, given_frames, middle
 from longtake.models.vae import VAE, vae_hash
 from longtake.models.vae_bounded import decode_bounded, encode_bounded
 from longtake.train.run_folder import write_json
@@ -43,15 +43,37 @@ class Codec:
             return self.channels, frames, height, width
         return self.channels, *self.vae.config.latent_shape(frames, height, width)
 
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip of so many."""
+        return (frames - 1) // self.strides[0] + 1
+
     def pixel_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Pixel (T, H, W) of latents (T, H, W): the inverse of `latent_shape`."""
         time, rows, columns = self.strides
         return (shape[0] - 1) * time + 1, shape[1] * rows, shape[2] * columns
 
-    def given_frames(self, task: str) -> int:
-        """Pixel frames at the front that a task gives."""
-        prefix = GIVEN_PREFIX[task]
-        return self.pixel_shape((prefix, 1, 1))[0] if prefix else 0
+    def given(self, task: str, num_latents: int, patch: int, draw: Draw = middle) -> GivenFrames:
+        """What a task gives of a clip of so many latent frames, `patch` of them to a token."""
+        is_causal = self.vae is not None
+        return given_frames(task, num_latents, patch=patch, is_causal=is_causal, draw=draw)
+
+    def pixel_frames(self, given: GivenFrames) -> list[int]:
+        """The pixel frames that are given, ascending: of a run encoded alone too, the first latent
+        is one pixel frame, the last of those it stands for in a whole clip."""
+        time = self.strides[0]
+        return [i for run in given.runs for i in range(run[0] * time, run[-1] * time + 1)]
+
+    def encode_given(self, clips: Tensor, given: GivenFrames) -> Tensor:
+        """Normalised latents of clips (B, 3, T, H, W) in [-1, 1] where frames are given in place,
+        from these frames alone; elsewhere they mean nothing."""
+        assert not given.segments, "segments are encoded alone"
+        if self.vae is None:
+            return self.encode(clips)
+        latents = clips.new_zeros(len(clips), *self.latent_shape(*clips.shape[2:]))
+        for run in given.in_place:  # at most one, the beginning
+            frames = self.pixel_shape((len(run), 1, 1))[0]
+            latents[:, :, : len(run)] = self.encode(clips[:, :, :frames])
+        return latents
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

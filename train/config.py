@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from longtake.data.config import DataConfig, check_data_config
 from longtake.data.plan.costs import resolve_buckets
+from longtake.models.conditioning import TASKS
 from longtake.train.checks import choice, require
 from longtake.train.engine import native_precision
 from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun
@@ -186,14 +187,30 @@ def _check_run(config: VAERun | DiTRun) -> None:
             model.in_channels == 3,
             f"model.in_channels={model.in_channels} must be 3 with codec=identity (RGB)",
         )
-    gives_frames = config.tasks.get("i2v", 0.0) > 0
-    require(
-        not gives_frames or model.patch_size[0] == 1,
-        f"model.patch_size[0]={model.patch_size[0]} must be 1 for tasks.i2v > 0: a "
-        "given frame must fill its tokens; or set tasks.i2v=0",
-    )
+    _check_given(config)
     if config.export.required:
         _check_exportable(config)
+
+
+def _check_given(config: DiTRun) -> None:
+    """What tasks and captions cannot be told with this codec, patch or text."""
+    patch = config.model.patch_size[0]
+    for task in config.trained_tasks:
+        require(
+            patch == 1 or not TASKS[task].is_frame,
+            f"model.patch_size[0]={patch} must be 1 for tasks.{task} > 0: a given frame must fill "
+            f"its tokens; or set tasks.{task}=0",
+        )
+        require(
+            config.codec == "identity" or TASKS[task].is_prefix,
+            f"tasks.{task} gives frames behind the beginning, which codec=vae must encode alone: "
+            f"not supported yet, set tasks.{task}=0 or codec=identity",
+        )
+    require(
+        not config.numbers.told or config.codec == "identity" or config.text.kind == "bytes",
+        f"numbers.sources={config.numbers.told} must all be null: text.kind={config.text.kind} "
+        "with codec=vae takes captions from the cache, to which no words can be added",
+    )
 
 
 def _check_exportable(config: DiTRun) -> None:

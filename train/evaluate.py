@@ -12,7 +12,6 @@ from rich.progress import Progress
 from longtake.data.catalogue import load_catalogue
 from longtake.data.decode import encode_image, encode_video
 from longtake.data.world import FAMILIES
-from longtake.models.conditioning import TASKS
 from longtake.train.card import (
     Card,
     ClipScores,
@@ -25,10 +24,11 @@ from longtake.train.card import (
 from longtake.train.checks import choice
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
+from longtake.train.given_files import check_task
+from longtake.train.painter import Painter, sampler_of
 from longtake.train.ranks import Ranks, single_process
 from longtake.train.run_folder import check_replaceable, written_whole
 from longtake.train.runs import RunPlace, find_run, load_dit, read_run_config
-from longtake.train.sample import Painter, check_task, sampler_of
 from longtake.train.schema import DiTRun
 from longtake.train.tracking import send_evaluation
 from longtake.train.world_prompts import (
@@ -36,6 +36,7 @@ from longtake.train.world_prompts import (
     Scored,
     Scorer,
     batches,
+    for_task,
     prompts,
     prompts_for,
     rebuild,
@@ -64,6 +65,7 @@ class EvaluateOptions:
     steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
+    solver: str | None = None
     batch_size: int = 32
 
 
@@ -101,7 +103,8 @@ def evaluate_run(
         for weights in options.weights:
             painter = load_painter(place, config, options, weights, vae, ranks)
             for task in tasks:
-                rows += _score_task(painter, scorer, wanted, task, weights, options, ranks, scratch)
+                asked = for_task(wanted, task)
+                rows += _score_task(painter, scorer, asked, task, weights, options, ranks, scratch)
         rows = in_order(ranks.gather([asdict(row) for row in rows]), wanted)
         about = {
             "run": place.folder.name,
@@ -146,7 +149,6 @@ def resolve(config: DiTRun, options: EvaluateOptions) -> tuple[PromptSet, list[s
         choice("weights", weights, ("ema", "raw"))
     families = options.families or trained_families(config)
     frames, *size = shape_for(families, config.data.buckets)
-    known = [name for name in TASKS if config.tasks.get(name, 0.0) > 0]
     for task in options.tasks or ():
         check_task(config, task)
     wanted = prompts_for(
@@ -160,7 +162,10 @@ def resolve(config: DiTRun, options: EvaluateOptions) -> tuple[PromptSet, list[s
         shape=(options.frames or frames, *(options.size or size)),
         seed=options.seed,
     )
-    return wanted, list(options.tasks or known)
+    tasks = list(options.tasks or config.trained_tasks)
+    for task in tasks:
+        for_task(wanted, task)
+    return wanted, tasks
 
 
 def trained_families(config: DiTRun) -> tuple[str, ...]:
@@ -197,7 +202,9 @@ def load_painter(
     """The run's modules and sampler, ready to draw on this rank's device."""
     run = load_dit(place.checkpoint, weights, ranks.device)
     codec = load_codec(config, folder=place.folder, vae=vae, device=ranks.device)
-    sampler = sampler_of(config, options.steps, options.guidance_scale, options.shift)
+    sampler = sampler_of(
+        config, options.steps, options.guidance_scale, options.shift, options.solver
+    )
     return Painter(run, codec, sampler, precision=config.engine.precision)
 
 

@@ -22,7 +22,7 @@ from longtake.data.latents import read_manifest, refuse_other_vae
 from longtake.data.loader import read_batches
 from longtake.data.plan.compile import open_tables
 from longtake.data.plan.val_plan import ValPlan
-from longtake.models.conditioning import GIVEN_PREFIX
+from longtake.models.conditioning import GIVES_NOTHING
 from longtake.train.clips_card import (
     ENDINGS,
     MEASURES,
@@ -42,9 +42,10 @@ from longtake.train.fidelity import (
     check_enough_clips,
     frechet_distance,
 )
+from longtake.train.given_files import check_task
+from longtake.train.painter import Painter, sampler_of
 from longtake.train.run_folder import check_replaceable, written_whole
 from longtake.train.runs import LoadedDiT, load_dit, pick_device
-from longtake.train.sample import Painter, check_task, sampler_of
 
 CARD, ROWS, VIDEOS = "clips_card.json", "clips.parquet", "videos"
 
@@ -68,6 +69,7 @@ class ClipsOptions:
     steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
+    solver: str | None = None
     batch_size: int = 16
 
 
@@ -97,11 +99,13 @@ def evaluate_clips(
     """
     place = pick_device(device)
     run = load_dit(run_path, weights, place)
-    tasks = options.tasks or tuple(name for name, share in run.config.tasks.items() if share > 0)
+    tasks = options.tasks or tuple(run.config.trained_tasks)
     for task in tasks:
         check_task(run.config, task)
     codec = load_codec(run.config, folder=run.place.folder, vae=vae, device=place)
-    sampler = sampler_of(run.config, options.steps, options.guidance_scale, options.shift)
+    sampler = sampler_of(
+        run.config, options.steps, options.guidance_scale, options.shift, options.solver
+    )
     painter = Painter(run, codec, sampler, precision=run.config.engine.precision)
     training = open_training(run, codec, options, place) if options.memorisation else None
     plan = plan_clips(run, codec, training, shards, options)
@@ -310,7 +314,7 @@ def missing(options: ClipsOptions, tasks: Sequence[str], found: Findings) -> lis
         gaps.append(f"distance to the training set, which holds no clip of {', '.join(sizes)}")
     if known := sum(row.get("distance_truth") == 0 for row in found.rows):
         gaps.append(f"memorisation: {known} rows are of clips that the run was trained on")
-    if not any(GIVEN_PREFIX[task] for task in tasks):
+    if GIVES_NOTHING.issuperset(tasks):
         gaps.append("PSNR, SSIM: no task gives frames that a true clip would continue")
     if all(row["flicker"] is None for row in found.rows):
         gaps.append("flicker: no clip has three frames")

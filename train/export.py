@@ -14,16 +14,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.data.catalogue import load_catalogue
-from longtake.models.interop import dit_layer_names, dit_to_diffusers, vae_to_diffusers
+from longtake.models.interop import (
+    dit_layer_names,
+    dit_to_diffusers,
+    unipc_scheduler,
+    vae_to_diffusers,
+)
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import to_tree
 from longtake.train.export_card import model_card
 from longtake.train.lora import split_adapters
+from longtake.train.painter import GivenClips, Painter, noise_for, sampler_of
 from longtake.train.run_folder import CONFIG, check_replaceable, written_whole
 from longtake.train.runs import LoadedDiT, find_run, load_dit, read_run_config, read_tensors
-from longtake.train.sample import Painter, noise_for, sampler_of
 from longtake.train.schema import DiTRun
 
 if TYPE_CHECKING:
@@ -159,7 +164,7 @@ def keep_quiet() -> None:
 
 def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
     """The stock pipeline around the run's weights."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers import WanPipeline
 
     assert codec.vae is not None
     return WanPipeline(
@@ -170,10 +175,20 @@ def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
             latents_mean=codec.mean.flatten().tolist(),
             latents_std=codec.std.flatten().tolist(),
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=run.config.samples.shift),
+        scheduler=scheduler_of(run.config),
         transformer=dit_to_diffusers(run.dit),
         expand_timesteps=draws_from_image(run.config),
     )
+
+
+def scheduler_of(config: DiTRun) -> Any:
+    """The stock scheduler of samples.solver."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    shift = config.samples.shift
+    if config.samples.solver == "unipc":
+        return unipc_scheduler(shift)
+    return FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
 def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
@@ -194,7 +209,11 @@ def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
             seeded = torch.Generator().manual_seed(0)
             first = torch.rand((3, 1, bucket.height, bucket.width), generator=seeded)
             image = first.mul(255).round().div(255)  # survives the way through an image
-        given = None if image is None else (image * 2 - 1).expand(len(noise), *image.shape)
+        given = None
+        if image is not None:
+            clip = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width)
+            clip[0, :, :1] = image * 2 - 1
+            given = GivenClips(clip, codec.given("i2v", shape[1], IMAGE_PATCH[0]))
         ours = painter.draw(VERIFY_PROMPTS, noise, given).add(1).div(2)
         theirs = draw_with_diffusers(folder, run.config, sampler, noise, image)
         worst[task] = (ours - theirs).abs().max().item()

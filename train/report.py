@@ -16,6 +16,7 @@ from longtake.train.config import load_config
 from longtake.train.evaluate import ROWS
 from longtake.train.playback import enlarge, read_footage_file, viewing_mp4
 from longtake.train.report_curves import read_series, svg
+from longtake.train.report_matrix import CELL
 from longtake.train.report_page import (
     ClipCard,
     ScoreRow,
@@ -30,6 +31,7 @@ from longtake.train.report_page import (
     score_table,
 )
 from longtake.train.report_picture import PictureRow, write_picture
+from longtake.train.run_folder import VALIDATION
 
 RESULTS = ("loss", "val/loss_ema", "val/psnr_ema")  # shown as numbers on top
 MAIN_CURVES = ("loss", "val/loss", "val/psnr", "lr", "grad_norm", "samples_per_second")
@@ -91,6 +93,9 @@ def write_report(
     for title, cards in read_sample_folders(run / "samples"):
         sections.append((f"Samples · {title}", clip_grid(cards)))
     sections.append(("Curves", _curves(run)))
+    for path in sorted((run / VALIDATION).glob("*.png"))[-1:]:
+        card = ClipCard(path.stem, View(path.read_bytes(), "image/png"))
+        sections.append(("Validation loss", clip_grid([card])))
     if vae_run is not None:
         sections.append((f"VAE · {vae_run.name}", _curves(vae_run)))
         for title, cards in read_sample_folders(vae_run / "samples"):
@@ -211,7 +216,7 @@ def _facts(run: Path, evaluations: Sequence[Evaluation]) -> list[tuple[str, str]
 def _curves(run: Path) -> str:
     """The main charts, the others behind a click."""
     series = read_series(run)
-    names = [name for name in series if not name.endswith("_ema")]
+    names = [name for name in series if not name.endswith("_ema") and not CELL.fullmatch(name)]
     charts = {name: svg(series[name], series.get(f"{name}_ema")) for name in names}
     main = [charts.pop(name) for name in MAIN_CURVES if name in charts]
     return curve_grid(main) + hidden("All other curves", curve_grid(list(charts.values())))

@@ -19,7 +19,7 @@ RUNNING, PREEMPTED, FAILED, FINISHED = "RUNNING", "PREEMPTED", "FAILED", "FINISH
 MARKERS = (RUNNING, PREEMPTED, FAILED, FINISHED)
 CONFIG, METRICS, QUARANTINE = "config.yaml", "metrics.jsonl", "quarantine.jsonl"
 RANK_TIMES = "ranks.jsonl"
-CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+CHECKPOINTS, SAMPLES, VALIDATION = "checkpoints", "samples", "validation"
 LOCK = "lock"
 LAUNCHED = "LONGTAKE_LAUNCHED"  # environment: when `longtake train` started torchrun, unix time
 

@@ -1,35 +1,27 @@
-"""Draw videos: prompts (and a first frame for i2v) → frames → files."""
+"""Draw videos: prompts, and frames that a task gives → frames → files."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.progress import Progress, TaskID
-from torch import Tensor
 
-from longtake.data.decode import decode_clip, encode_image, encode_video, probe
-from longtake.data.randomness import derive_seed, generator
-from longtake.data.transforms import covering_size, crop_clip, to_float
-from longtake.models.conditioning import given_mask
-from longtake.models.sampler import Given, SamplerConfig, TextInput, sample
-from longtake.models.text import Tokenizer
-from longtake.train.codec import Codec, load_codec
-from longtake.train.playback import (
-    IMAGE_FPS,
-    enlarge,
-    to_frames,
-    viewing_mp4,
-)
+from longtake.data.decode import encode_image, encode_video
+from longtake.data.randomness import derive_seed
+from longtake.models.sampler import SamplerConfig
+from longtake.train.caption_rows import FPS
+from longtake.train.codec import load_codec
+from longtake.train.given_files import read_given
+from longtake.train.painter import Painter, noise_for, sampler_of
+from longtake.train.playback import IMAGE_FPS, enlarge, to_frames, viewing_mp4
 from longtake.train.runs import LoadedDiT, load_dit, pick_device
 from longtake.train.schema import DiTRun
 
@@ -42,7 +34,11 @@ class SampleRequest:
 
     prompts: Sequence[str]
     num_videos: int = 1  # per prompt
-    image: Path | None = None  # first frame of every video (i2v)
+    task: str = "t2v"
+    given: Sequence[str] = ()  # images or clips the task gives, in order: FILE or FILE@FRAME
+    given_noise: float = 0.0  # level at which they are shown; above 0 the model may mend them
+    negative: str | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)  # told behind the prompts
     frames: int | None = None
     size: tuple[int, int] | None = None  # (height, width)
     fps: float | None = None
@@ -51,90 +47,8 @@ class SampleRequest:
     steps: int | None = None
     guidance_scale: float | None = None
     shift: float | None = None
+    solver: str | None = None
     batch_size: int = 8
-
-
-class Painter:
-    """Draws batches with one run: text encoder, DiT, sampler, codec."""
-
-    def __init__(
-        self, run: LoadedDiT, codec: Codec, sampler: SamplerConfig, *, precision: str = "fp32"
-    ) -> None:
-        """`precision`: fp32, or bf16 for autocast as in training."""
-        self.run, self.codec, self.sampler = run, codec, sampler
-        self.tokenizer = Tokenizer(run.config.text)
-        self.device = next(run.dit.parameters()).device
-        self.precision = precision
-
-    @torch.no_grad()
-    def draw(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        first_frames: Tensor | None = None,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """Pixels (B, 3, T, H, W) in [-1, 1] from noise (B, C, T', H', W') of the latents' shape.
-
-        first_frames (B, 3, 1, H, W) in [-1, 1] are given (i2v) and kept.
-        """
-        with self._autocast():
-            text, negative = self._encode(prompts), None
-            if self.sampler.guidance_scale != 1:
-                negative = self._encode([""] * len(prompts))
-            latents = sample(
-                self.run.dit,
-                noise.to(self.device),
-                text,
-                config=self.sampler,
-                prediction=self.run.config.prediction,  # pyright: ignore[reportArgumentType]
-                negative=negative,
-                given=None if first_frames is None else self._given(noise.shape, first_frames),
-                on_step=on_step,
-            )
-            return self.codec.decode(latents).float()
-
-    def _encode(self, captions: Sequence[str]) -> TextInput:
-        embeds, lens = self.run.text(self.tokenizer(captions))
-        return TextInput(embeds.float(), lens)
-
-    def _given(self, shape: torch.Size, first_frames: Tensor) -> Given:
-        known = self.codec.encode(first_frames.to(self.device))  # (B, C, 1, H', W')
-        latents = torch.zeros(shape, device=self.device)
-        latents[:, :, :1] = known
-        mask = given_mask("i2v", (shape[2], shape[3], shape[4])).to(self.device)
-        return Given(latents, mask.expand(shape[0], *mask.shape), self.run.dit.config.patch_size)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-    def warn_of_cut(self, prompts: Sequence[str]) -> None:
-        """Name on stderr each prompt that fills `text.max_length`: what lies behind is not seen."""
-        limit = self.run.config.text.max_length
-        for prompt, ids in zip(prompts, self.tokenizer(prompts), strict=True):
-            if len(ids) >= limit:
-                print(f"cut at text.max_length={limit} tokens: {prompt!r}", file=sys.stderr)
-
-
-def sampler_of(
-    config: DiTRun,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    shift: float | None = None,
-) -> SamplerConfig:
-    """The run's sampler with what the caller sets otherwise."""
-    own = config.samples
-    return SamplerConfig(
-        steps=own.steps if steps is None else steps,
-        shift=own.shift if shift is None else shift,
-        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
-    )
-
-
-def noise_for(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise of one video, the same on every machine and in every batch."""
-    return torch.randn(tuple(shape), generator=generator(seed, "noise"))
 
 
 def sample_to_files(
@@ -152,19 +66,22 @@ def sample_to_files(
     """
     run = load_dit(path, weights, pick_device(device))
     codec = load_codec(run.config, folder=run.place.folder, vae=vae, device=pick_device(device))
-    sampler = sampler_of(run.config, request.steps, request.guidance_scale, request.shift)
+    sampler = sampler_of(
+        run.config, request.steps, request.guidance_scale, request.shift, request.solver
+    )
     painter = Painter(run, codec, sampler, precision=run.config.engine.precision)
     painter.warn_of_cut(request.prompts)
     bucket = run.config.data.buckets[0]
-    frames = request.frames or bucket.frames
+    frames = request.frames or (1 if request.task == "t2i" else bucket.frames)
     height, width = request.size or (bucket.height, bucket.width)
     shape = codec.latent_shape(frames, height, width)
     run.dit.config.grid(shape[1:])
     fps = request.fps or run.config.data.fps or DEFAULT_FPS
-    first = None
-    if request.image is not None:
-        check_task(run.config, "i2v")
-        first = first_frame(request.image, height, width)
+    given = read_given(
+        *(request.task, request.given, run.config, codec, (frames, height, width), fps),
+        level=request.given_noise,
+    )
+    numbers = numbers_of(request, run.config, fps)
     jobs = [(prompt, n) for prompt in request.prompts for n in range(request.num_videos)]
     out = out or run.place.folder / "samples" / "command"
     out.mkdir(parents=True, exist_ok=True)
@@ -175,50 +92,48 @@ def sample_to_files(
             batch = jobs[start : start + request.batch_size]
             noise = torch.stack([noise_for(derive_seed(request.seed, n), shape) for _, n in batch])
             video = painter.draw(
-                [prompt for prompt, _ in batch],
-                noise,
-                None if first is None else first.expand(len(batch), *first.shape),
+                *([prompt for prompt, _ in batch], noise, given),
                 on_step=partial(_advance, progress, bar, len(batch)),
+                negative=request.negative,
+                numbers=numbers,
             )
             for index, ((prompt, n), pixels) in enumerate(zip(batch, video, strict=True), start):
-                about = {
-                    "prompt": prompt,
-                    "seed": request.seed,
-                    "video": n,
-                    "step": run.place.step,
-                    "weights": weights,
-                    "steps": sampler.steps,
-                    "guidance_scale": sampler.guidance_scale,
-                    "shift": sampler.shift,
-                }
+                about = {"prompt": prompt, "video": n, **describe(request, run, sampler)}
                 stem = out / f"{index:03d}-{slug(prompt)}"
                 paths.append(write_clip(stem, to_frames(pixels), fps, request.upscale, about))
     return paths
 
 
+def describe(request: SampleRequest, run: LoadedDiT, sampler: SamplerConfig) -> dict[str, object]:
+    """How the videos of a request were drawn, for the .json beside each."""
+    return {
+        "task": request.task,
+        "given": list(request.given),
+        "numbers": dict(request.numbers),
+        "negative": request.negative,
+        "seed": request.seed,
+        "step": run.place.step,
+        "weights": run.weights,
+        **asdict(sampler),
+    }
+
+
+def numbers_of(request: SampleRequest, config: DiTRun, fps: float) -> dict[str, float]:
+    """What to tell behind the prompts: what the request says, and the rate of the video.
+
+    ValueError for a number that the run was never told.
+    """
+    sources = config.numbers.told
+    for name in request.numbers:
+        if name not in sources:
+            known = ", ".join(sources) or "nothing"
+            raise ValueError(f"--tell {name}: the run was told {known} (numbers.sources)")
+    told = {name: fps for name, source in sources.items() if source == FPS} | dict(request.numbers)
+    return {name: told[name] for name in sources if name in told}
+
+
 def _advance(progress: Progress, bar: TaskID, count: int, step: int) -> None:
     progress.advance(bar, count)
-
-
-def check_task(config: DiTRun, task: str) -> None:
-    """ValueError when the run was not trained on the task."""
-    if config.tasks.get(task, 0.0) <= 0:
-        known = ", ".join(name for name, weight in config.tasks.items() if weight > 0)
-        raise ValueError(f"task {task}: the run was trained on {known} only (tasks.{task}=0)")
-
-
-def first_frame(path: Path, height: int, width: int) -> Tensor:
-    """First frame of an image or video file, resized and cropped → (3, 1, H, W) in [-1, 1]."""
-    if not path.is_file():
-        raise ValueError(f"--image {path}: no such file")
-    data = path.read_bytes()
-    try:
-        info = probe(data)
-        size = covering_size(info.height, info.width, height, width)
-        frames = decode_clip(data, [0.0], size=size)
-    except ValueError as error:
-        raise ValueError(f"--image {path}: {error}") from error
-    return to_float(crop_clip(frames, height, width, (0.5, 0.5)))
 
 
 def write_clip(

@@ -1,4 +1,5 @@
-"""The dataclasses of a run's config, one per section of `conf/`. YAML is complete: no defaults.
+"""The dataclasses of a run's config, one per section of `conf/`. YAML is complete: defaults are
+what runs of before a key did, so that their configs can still be read.
 
 Each checks its own values; what concerns several sections is checked in `config`.
 """
@@ -6,9 +7,11 @@ Each checks its own values; what concerns several sections is checked in `config
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
 
 from longtake.data.config import DataConfig
-from longtake.models.conditioning import check_tasks
+from longtake.models.conditioning import TASKS, check_tasks
 from longtake.models.dit import CHECKPOINTING, DiTConfig
 from longtake.models.flow import TimestepConfig
 from longtake.models.sampler import SamplerConfig
@@ -125,9 +128,54 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class DiTLossConfig:
     weighting: str  # token: every noisy token counts alike; sample: every sample does
+    min_snr_gamma: float | None = None  # the clean error is weighted by min(SNR, gamma); null: not
 
     def __post_init__(self) -> None:
         choice("loss.weighting", self.weighting, ("token", "sample"))
+        gamma = self.min_snr_gamma
+        require(gamma is None or gamma > 0, f"loss.min_snr_gamma={gamma} must be > 0, or null")
+
+
+@dataclass(frozen=True)
+class CurriculumPoint:
+    """Weights of the tasks from a step on; before it they go there on a straight line."""
+
+    step: int
+    tasks: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """What happens to given frames."""
+
+    dropout: float = 0.0  # share of given runs of frames that are not given, each by itself
+    noise: float = 0.0  # they are shown at a noise level up to this, which the model is told
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, f"given.dropout={self.dropout} must lie in [0, 1)")
+        require(0 <= self.noise < 1, f"given.noise={self.noise} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class NumbersConfig:
+    """Numbers told as words behind the caption, such as "(fps 8, motion 0.3)".
+
+    A source is "fps", or the name of a score of the sample; what has none is not told.
+    """
+
+    sources: dict[str, str | None] = field(
+        default_factory=dict
+    )  # word -> where from; null: nowhere
+    dropout: float = 0.1  # of each, independent of the caption's
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, f"numbers.dropout={self.dropout} must lie in [0, 1)")
+        object.__setattr__(self, "sources", self.told)  # null is as good as absent
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Words and their sources."""
+        return {word: source for word, source in self.sources.items() if source is not None}
 
 
 @dataclass(frozen=True)
@@ -170,11 +218,13 @@ class PixelsConfig:
 class SamplesConfig:
     """What is drawn during training, and the defaults of `longtake sample`."""
 
-    prompts: list[str]  # empty: captions of the first validation clips
+    prompts: list[str]  # all from the same noise; empty: captions of the first validation clips
     steps: int  # sampler steps
     guidance_scale: float
     shift: float
     seed: int
+    solver: Literal["euler", "unipc"] = "euler"
+    negative_prompt: str = ""  # what guidance leads away from
 
     def __post_init__(self) -> None:
         assert self.sampler  # its own checks
@@ -182,7 +232,7 @@ class SamplesConfig:
     @property
     def sampler(self) -> SamplerConfig:
         """These settings as the sampler takes them."""
-        return SamplerConfig(self.steps, self.shift, self.guidance_scale)
+        return SamplerConfig(self.steps, self.shift, self.guidance_scale, self.solver)
 
 
 @dataclass(frozen=True)
@@ -263,12 +313,30 @@ class DiTRun(RunConfig):
     evaluation: EvaluationConfig
     lora: LoraConfig | None = None  # null: full fine-tuning
     speed: SpeedConfig = SpeedConfig()
+    curriculum: list[CurriculumPoint] = field(default_factory=list)  # other weights later
+    given: GivenConfig = GivenConfig()
+    numbers: NumbersConfig = NumbersConfig()
+
+    @property
+    def trained_tasks(self) -> list[str]:
+        """Tasks that have a weight at some step, t2v first."""
+        stages = [self.tasks, *(point.tasks for point in self.curriculum)]
+        return [name for name in TASKS if any(stage.get(name, 0.0) > 0 for stage in stages)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("codec", self.codec, CODECS)
         choice("prediction", self.prediction, PREDICTIONS)
         check_tasks(self.tasks)
+        # Complete and in one order: draws must not depend on how the YAML is written.
+        object.__setattr__(self, "tasks", {name: self.tasks.get(name, 0.0) for name in TASKS})
+        steps = [0, *(point.step for point in self.curriculum)]
+        require(
+            all(a < b for a, b in pairwise(steps)),
+            f"curriculum has steps {steps[1:]}: they must be positive and ascend",
+        )
+        for number, point in enumerate(self.curriculum):
+            check_tasks(point.tasks, f"curriculum.{number}.tasks")
         rate = self.caption_dropout
         require(0 <= rate < 1, f"caption_dropout={rate} must lie in [0, 1)")
         if self.lora is not None:

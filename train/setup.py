@@ -63,7 +63,7 @@ FRESH: dict[str, Any] = {
     "samples_seen": 0,
     "data_hash": "",
     "exclusions": [],
-    "losses": {"sums": [], "weight": 0.0},
+    "losses": {"ranks": [], "weight": 0.0},
     "spikes": {"losses": [], "norms": [0, 0.0, 0.0, 0.0], "skips": 0, "rewinds": 0},
     "useful_seconds": 0.0,
 }
@@ -269,11 +269,6 @@ def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> VAETask 
     for bucket in config.data.buckets:
         latents = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
         config.model.grid(latents[1:])
-        require(
-            latents[1] > 1 or not config.tasks.get("i2v"),
-            f"data.buckets has {bucket.name}: tasks.i2v={config.tasks.get('i2v')} needs more than "
-            "the one latent frame that is given; set tasks.i2v=0 or use longer clips",
-        )
     return DiTTask(config, ranks.device, codec)
 
 

@@ -22,16 +22,37 @@ from longtake.train.engine import Engine
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """Sums (K,) over the samples of each group, detached, and what they are to be divided by.
+
+    The names are the same in every micro-batch of a run; a group without weight is not reported.
+    """
+
+    names: tuple[str, ...]
+    totals: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, names: Sequence[str], index: Tensor, totals: Tensor, weights: Tensor) -> Grouped:
+        """Sums of values of samples (B,) by the group (B,) each belongs to."""
+        empty, index = totals.new_zeros(len(names)), index.to(totals.device)
+        sums = [empty.index_add(0, index, values.to(empty)) for values in (totals, weights)]
+        return cls(tuple(names), *sums)
+
+
+@dataclass(frozen=True)
 class LossSum:
     """Sums over a micro-batch, each to be divided by the weight of the global step.
 
     total () fp32 carries the gradient; parts are detached () tensors to be logged under their name.
-    `critic` () carries the gradient of a second network, which has an engine of its own.
+    `critic` () carries the gradient of a second network, which has an engine of its own. `groups`
+    bring their own denominators.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     critic: Tensor | None = None
+    groups: tuple[Grouped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,16 +117,16 @@ class Task(Protocol):
     @property
     def adversary(self) -> Opponent | None: ...
 
-    def weight(self, sample: PlannedSample) -> float:
-        """What the sample counts in the denominator of the step."""
+    def weight(self, batch: Batch) -> float:
+        """What the batch counts in the denominator of its step."""
         ...
 
-    def tokens(self, sample: PlannedSample) -> int:
-        """Positions the model works on for this sample, for the throughput."""
+    def tokens(self, batch: Batch) -> int:
+        """Positions the model works on for this batch, for the throughput."""
         ...
 
-    def flops(self, sample: PlannedSample) -> float:
-        """Operations of a training step on this sample, forward and backward without recomputation,
+    def flops(self, batch: Batch) -> float:
+        """Operations of a training step on this batch, forward and backward without recomputation,
         a multiply-add counting two; 0 where it is not known."""
         ...
 

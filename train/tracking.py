@@ -69,6 +69,14 @@ class Tracker:
         }
         self._send({**media, "step": step})
 
+    def log_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Show a table under a name."""
+        if self._run is not None and self._wandb is not None:
+            table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            self._send({name: table, "step": step})
+
     def finish(self, exit_code: int) -> None:
         """Flush and close; W&B shows the run as failed for a non-zero code."""
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.data.loader import Batch, Loader, chain_digests
-from longtake.data.plan import Exclusion, Plan, PlannedSample
+from longtake.data.plan import Exclusion, Plan
 from longtake.train import checkpoint
 from longtake.train.attempts import Attempts
 from longtake.train.card import card_row
@@ -22,7 +22,15 @@ from longtake.train.health import Quarantine, Spikes, StopSignal
 from longtake.train.metrics import WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import write_drawings
-from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
+from longtake.train.report_matrix import matrix_of, write_heatmap
+from longtake.train.run_folder import (
+    CHECKPOINTS,
+    FINISHED,
+    PREEMPTED,
+    SAMPLES,
+    VALIDATION,
+    mark,
+)
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.step_times import StepTimes, Work
 from longtake.train.tasks import LossSum, Means, Task
@@ -106,10 +114,9 @@ class Training:
 
         Exclusions are durable in quarantine.jsonl when it returns, before the optimizer steps.
         """
-        samples = [sample for batch in batches for sample in batch.samples]
         report = {
-            "weight": sum(self.task.weight(sample) for sample in samples),
-            "work": asdict(self._work(samples)),
+            "weight": sum(map(self.task.weight, batches)),
+            "work": asdict(self._work(batches)),
             "stop": self.signals.received,
             "unwritten": self.writer.problem(),
             "data": [batch.digest for batch in batches],
@@ -134,12 +141,13 @@ class Training:
             self.console.say(f"{stops[0]}: saving after this step")
         return Agreed(sum(r["weight"] for r in reports), work, bool(stops))
 
-    def _work(self, samples: list[PlannedSample]) -> Work:
+    def _work(self, batches: list[Batch]) -> Work:
+        samples = [sample for batch in batches for sample in batch.samples]
         return Work(
             samples=len(samples),
             frames=sum(sample.shape[0] for sample in samples),
-            tokens=sum(map(self.task.tokens, samples)),
-            flops=sum(map(self.task.flops, samples)),
+            tokens=sum(map(self.task.tokens, batches)),
+            flops=sum(map(self.task.flops, batches)),
         )
 
     def _exclude(self, found: list[list[dict[str, Any]]]) -> list[Exclusion]:
@@ -176,7 +184,7 @@ class Training:
         watch = self.spikes.losses
         total = sum(self.ranks.gather(sum(shares))) / weight
         if watch.jumped(total):
-            counts = [sum(map(self.task.weight, batch.samples)) for batch in batches]
+            counts = map(self.task.weight, batches)
             bad = [watch.is_high(share / n) for share, n in zip(shares, counts, strict=True)]
             reason = f"loss jumped to {total:.4g} at step {self.step}"
             self._leave_out(batches, bad, self.step - 1, reason)  # done again, without them
@@ -239,7 +247,14 @@ class Training:
         left_out = self._left_out()
         if left_out:
             row["val/left_out"] = float(left_out)
-        self.log(row | {f"val/{name}_ema": value for name, value in mean.items()})
+        row |= {f"val/{name}_ema": value for name, value in mean.items()}
+        self.log(row)
+        matrix = matrix_of(row)
+        if self.tracker is not None and matrix is not None:
+            path = self.folder / VALIDATION / f"step-{self.step:08d}.png"
+            write_heatmap(matrix, path)
+            self.tracker.log_videos(self.step, {"val/heatmap": path})
+            self.tracker.log_table(self.step, "val/matrix", *matrix.table)
 
     def _left_out(self) -> int:
         """How many samples of the pass no rank could read; each is named once."""

@@ -6,13 +6,13 @@ is that of VQGAN (arXiv 2012.09841).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from longtake.data.loader import Batch
-from longtake.data.plan import PlannedSample
 from longtake.data.randomness import uniform
 from longtake.models.vae import VAE, Posterior
 from longtake.train import fidelity, vae_losses
@@ -56,17 +56,17 @@ class VAETask:
         self.distance = None if weights is None else ReconstructionDistance(config, weights, ranks)
         self.adversary = Adversary(config, ranks) if config.loss.adversarial.weight > 0 else None
 
-    def weight(self, sample: PlannedSample) -> float:
-        """Pixels of the clip: every pixel counts alike."""
-        frames, height, width = sample.shape
-        return float(frames * height * width)
+    def weight(self, batch: Batch) -> float:
+        """Pixels of the clips: every pixel counts alike."""
+        return float(sum(math.prod(sample.shape) for sample in batch.samples))
 
-    def tokens(self, sample: PlannedSample) -> int:
-        """Latent positions of the clip; ValueError where the VAE cannot take its size."""
-        frames, height, width = self.config.vae.latent_shape(*sample.shape)
-        return frames * height * width
+    def tokens(self, batch: Batch) -> int:
+        """Latent positions of the clips; ValueError where the VAE cannot take their size."""
+        shapes = (self.config.vae.latent_shape(*sample.shape) for sample in batch.samples)
+        return sum(map(math.prod, shapes))
 
-    def flops(self, sample: PlannedSample) -> float:
+    def flops(self, batch: Batch) -> float:
+        """Not known."""
         return 0.0
 
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
@@ -76,7 +76,7 @@ class VAETask:
         noise = normal_draws(samples, self._latent_shape(video), "posterior").to(self.device)
         pixels, posterior = engine(video, noise)
         pixels = pixels.float()
-        weights = torch.tensor([self.weight(s) for s in samples], device=self.device)
+        weights = torch.tensor([float(math.prod(s.shape)) for s in samples], device=self.device)
         adversary, step = self.adversary, batch.step
         heard = adversary is not None and adversary.is_heard(step)
         # The adaptive weight needs gradients at the pixels before there is a backward of the VAE.

@@ -9,14 +9,15 @@ from time import monotonic
 
 from longtake.train.card import Card, ClipScores, build_card
 from longtake.train.dit_task import DiTTask
+from longtake.train.painter import Painter
 from longtake.train.ranks import Ranks
 from longtake.train.runs import RunPlace
-from longtake.train.sample import Painter
 from longtake.train.schema import DiTRun
 from longtake.train.world_prompts import (
     Prompt,
     PromptSet,
     Scorer,
+    for_task,
     prompts,
     prompts_for,
 )
@@ -48,13 +49,15 @@ class WorldEvaluation:
         """ValueError for families or splits that the run's buckets cannot hold."""
         self.config, self.task, self.place, self.ranks = config, task, place, ranks
         self.wanted = prompts_of(config)
+        for name in config.trained_tasks:
+            for_task(self.wanted, name)
         self._scorer = Scorer(self.wanted.kind, self.wanted.seed)
         self._rounds: dict[str, int] = {}  # by task, once they are known
 
     def run(self) -> Card:
         """Draw with the weights now in the module; all ranks together, each its share."""
         painter = self.task.painter(self.place)
-        tasks = [name for name, weight in self.config.tasks.items() if weight > 0]
+        tasks = self.config.trained_tasks
         seconds = self.config.evaluation.seconds / len(tasks)
         rows = [row for name in tasks for row in self._score_task(painter, name, seconds)]
         gathered = self.ranks.gather([asdict(row) for row in rows])
@@ -62,7 +65,7 @@ class WorldEvaluation:
 
     def _score_task(self, painter: Painter, task: str, seconds: float) -> list[ClipScores]:
         """Rows of this rank, round after round, until the number or the budget is reached."""
-        wanted, started = self.wanted, monotonic()
+        wanted, started = for_task(self.wanted, task), monotonic()
         everything = prompts(wanted, task, painter.codec.strides[0])
         rows: list[ClipScores] = []
         for number in range(1, wanted.num_prompts + 1):

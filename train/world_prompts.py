@@ -18,12 +18,14 @@ from longtake.data.config import BucketConfig
 from longtake.data.randomness import derive_seed
 from longtake.data.world import FAMILIES, Shapes, WorldClip, make_clip, make_pair, score_frames
 from longtake.data.world.clips import check_request
-from longtake.data.world.given import appearance, appearance_at_end, score_given
+from longtake.data.world.given import appearance, appearance_at_end, held_frames, score_given
 from longtake.data.world.language import ASKING
+from longtake.models.conditioning import TASKS, GivenFrames
 from longtake.train.card import DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
+from longtake.train.painter import GivenClips, Painter, noise_for
 from longtake.train.playback import to_frames, to_pixels
-from longtake.train.sample import DEFAULT_FPS, Painter, noise_for
+from longtake.train.sample import DEFAULT_FPS
 from longtake.train.schema import DiTRun
 
 
@@ -158,6 +160,23 @@ def prompts(
             yield Prompt(clip, twin, window=window)
 
 
+def for_task(wanted: PromptSet, task: str) -> PromptSet:
+    """What to ask under a task: of t2i images, from the families that stand still.
+
+    ValueError where none of them does.
+    """
+    if not TASKS[task].is_image:
+        return wanted
+    shape = (1, *wanted.shape[1:])
+    families = tuple(name for name in wanted.families if fits(name, shape))
+    if not families:
+        raise ValueError(
+            f"task {task}: none of the families {', '.join(wanted.families)} can be an image; name "
+            "one that can, or other tasks"
+        )
+    return replace(wanted, families=families, shape=shape, num_pairs=0, drift=1)
+
+
 def batches(items: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
     """Prompts in order, up to `size` videos of one shape together."""
     batch: list[Prompt] = []
@@ -186,12 +205,17 @@ def draw(
         for item in batch
         for _ in item.clips
     ]
-    count = codec.given_frames(task)
-    assert count <= 1, f"{task}: the sampler takes a first frame only"
-    first = stack(clips)[:, :, :count] if count else None
-    video = painter.draw([clip.captions[kind] for clip in clips], torch.stack(noise), first)
+    frames = given_of(painter, task, len(clips[0].frames))
+    given = GivenClips(stack(clips), frames) if frames.runs else None
+    video = painter.draw([clip.captions[kind] for clip in clips], torch.stack(noise), given)
     drawn = iter(to_frames(pixels) for pixels in video)
     return [[next(drawn) for _ in item.clips] for item in batch]
+
+
+def given_of(painter: Painter, task: str, num_frames: int) -> GivenFrames:
+    """What a task gives of clips of so many frames; ValueError for clips it does not fit."""
+    patch = painter.run.dit.config.patch_size[0]
+    return painter.codec.given(task, painter.codec.latent_frames(num_frames), patch)
 
 
 def rebuild(codec: Codec, item: Prompt) -> list[np.ndarray]:
@@ -241,8 +265,8 @@ def levels(
 ) -> dict[str, tuple[float, ...]]:
     """Chance and blind level of these scores.
 
-    Where frames are given, chance is what the last of them is worth when it stands still: of what
-    the frame shows, no prompt needs to tell. Given frames are not kept by chance, and no pair flips
+    Where frames are given, chance is what they are worth when they stand still: of what a frame
+    shows, no prompt needs to tell. Given frames are not kept by chance, and no pair flips
     for a model that reads no word.
     """
     clip = item.clip
@@ -250,7 +274,7 @@ def levels(
     if of := list(appearance(clip.family, known).values()):
         known[f"{DRIFT}{item.factor}x"] = tuple(np.mean(of, axis=0).tolist())
     if given:
-        still = clip.frames[[*given, *[given[-1]] * (len(clip.frames) - len(given))]]
+        still = clip.frames[held_frames(given, len(clip.frames))]
         held = score(replace(item, twin=None), [still], kind, given)
         known = {
             name: (value, max(value, known.get(name, (0, 0))[1])) for name, value in held.items()
@@ -281,7 +305,8 @@ class Scorer:
     ) -> list[Scored]:
         """One batch of prompts of one shape."""
         codec = painter.codec
-        given = range(codec.given_frames(task))
+        frames = given_of(painter, task, len(items[0].clip.frames))
+        given = codec.pixel_frames(frames)
         drawn = draw(painter, items, task, self.kind, self.seed)
         limit = painter.run.config.text.max_length
         ids = painter.tokenizer([item.clip.captions[self.kind] for item in items])

@@ -28,6 +28,13 @@ def given_kept(drawn: np.ndarray, truth: np.ndarray, given: Sequence[int]) -> fl
     return float((mse <= 10 ** (-KEPT_PSNR / 10)).all())
 
 
+def held_frames(given: Sequence[int], count: int) -> list[int]:
+    """For each of `count` frames the given one that is held there: the last before it, or the first
+    of all."""
+    known = sorted(given)
+    return [max((i for i in known if i <= frame), default=known[0]) for frame in range(count)]
+
+
 def position_error(drawn: np.ndarray, truth: np.ndarray, given: Sequence[int]) -> float:
     """Mean distance in px of the worst entity from its true place, over the frames drawn.
 

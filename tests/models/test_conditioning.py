@@ -1,32 +1,79 @@
 """Mask algebra of the tasks."""
 
+import random
+from itertools import pairwise
+
 import pytest
 import torch
 
 from longtake.models.conditioning import (
+    GIVES_NOTHING,
     TASKS,
+    GivenFrames,
     check_tasks,
     draw_task,
+    given_frames,
     given_mask,
     given_tokens,
     noise_levels,
     num_noisy_tokens,
+    unfit,
 )
 
 
-def test_masks() -> None:
-    assert not given_mask("t2v", (3, 2, 2)).any()
-    mask = given_mask("i2v", (3, 2, 2))
-    assert mask[0].all() and not mask[1:].any()
+def mask_of(task: str, shape: tuple[int, int, int]) -> torch.Tensor:
+    return given_mask(given_frames(task, shape[0]), shape)
 
 
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("t2v", []),
+        ("i2v", [0]),
+        ("extend_forward", [0, 1, 2]),
+        ("extend_backward", [6, 7, 8]),
+        ("first_last", [0, 8]),
+        ("in_between", [0, 3, 6]),
+        ("join", [0, 1, 2, 6, 7, 8]),
+        ("random_frames", [0, 1, 3, 6, 8]),
+    ],
+)
+def test_what_a_task_gives_where_nothing_is_drawn(task: str, given: list[int]) -> None:
+    frames = given_frames(task, 9)
+    assert [i for run in frames.runs for i in run] == given
+    assert mask_of(task, (9, 2, 2)).all((1, 2)).nonzero().flatten().tolist() == given
+
+
+@pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("task", TASKS)
-def test_given_and_noisy_tokens_add_up(task: str) -> None:
-    mask = given_mask(task, (5, 8, 6))
-    tokens = given_tokens(mask, (1, 2, 3))
-    assert tokens.shape == (5 * 4 * 2,)
-    assert num_noisy_tokens(mask, (1, 2, 3)) == 40 - int(tokens.sum())
-    assert int(tokens.sum()) * 6 == int(mask.sum())
+def test_every_draw_leaves_whole_patches_given_and_some_to_generate(task: str, patch: int) -> None:
+    """And what a task fits, it fits at every draw; too short a clip is refused with the reason."""
+    rng, seen = random.Random(0), set()
+    for length in range(1, 13):
+        draw = lambda purpose: rng.random()  # noqa: E731
+        if length % patch:
+            continue
+        if reason := unfit(task, length, patch):
+            with pytest.raises(ValueError, match=f"task {task}: {reason[:9]}"):
+                given_frames(task, length, patch=patch)
+            continue
+        for _ in range(8):
+            runs = given_frames(task, length, patch=patch, draw=draw).runs
+            mask = given_mask(GivenFrames(runs), (length, 8, 6))
+            noisy = num_noisy_tokens(mask, (patch, 2, 3))
+            assert 0 < noisy == (length - sum(map(len, runs))) // patch * 8
+            assert bool(runs) != (task in GIVES_NOTHING)
+            assert all(a.stop < b.start for a, b in pairwise(runs))
+            seen.add(runs)
+    assert seen or (task in ("t2i", "i2v") and patch == 2)
+
+
+def test_behind_the_beginning_a_causal_codec_gives_segments() -> None:
+    """Its latents there have seen the frames to be generated."""
+    join = given_frames("join", 9, is_causal=True)
+    assert join == GivenFrames((range(3),), (range(6, 9),))
+    assert given_frames("extend_backward", 9, is_causal=True).in_place == ()
+    assert join.keep(lambda number: number == 1) == GivenFrames((), (range(6, 9),))
 
 
 def test_tokens_keep_the_order_of_the_grid() -> None:
@@ -40,14 +87,9 @@ def test_tokens_keep_the_order_of_the_grid() -> None:
 
 def test_mask_through_a_patch_is_refused() -> None:
     with pytest.raises(ValueError, match="whole patches"):
-        given_tokens(given_mask("i2v", (4, 4, 4)), (2, 2, 2))
+        given_tokens(mask_of("i2v", (4, 4, 4)), (2, 2, 2))
     with pytest.raises(ValueError, match=r"model\.patch_size"):
-        given_tokens(given_mask("i2v", (3, 4, 5)), (1, 2, 2))
-
-
-def test_task_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="task i2v gives 1 latent frames of 1"):
-        given_mask("i2v", (1, 4, 4))
+        given_tokens(mask_of("i2v", (3, 4, 5)), (1, 2, 2))
 
 
 def test_draw_follows_the_weights() -> None:
@@ -70,11 +112,12 @@ def test_wrong_weights_are_refused(weights: dict[str, float], rule: str) -> None
 
 def test_levels() -> None:
     t = torch.tensor([0.3, 0.8])
-    free = given_mask("t2v", (2, 2, 2))
+    free = mask_of("t2v", (2, 2, 2))
     assert noise_levels(t, torch.stack((free, free)), (1, 1, 1)) == (None, None)
-    masks = torch.stack((free, given_mask("i2v", (2, 2, 2))))
-    levels, index = noise_levels(t, masks, (1, 1, 1))
-    assert levels is not None and index is not None
-    per_token = levels.gather(1, index)
-    assert torch.equal(per_token[0], torch.full((8,), 0.3))
-    assert torch.equal(per_token[1], torch.tensor([0.0] * 4 + [0.8] * 4))
+    masks = torch.stack((free, mask_of("i2v", (2, 2, 2))))
+    for known, told in ((None, 0.0), (torch.tensor([0.0, 0.1]), 0.1)):
+        levels, index = noise_levels(t, masks, (1, 1, 1), known)
+        assert levels is not None and index is not None
+        per_token = levels.gather(1, index)
+        assert torch.equal(per_token[0], torch.full((8,), 0.3))
+        assert torch.equal(per_token[1], torch.tensor([told] * 4 + [0.8] * 4))

@@ -1,6 +1,7 @@
 """Noising, targets, timesteps and the loss of rectified flow."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from longtake.models.flow import (
     TimestepConfig,
     add_noise,
     flow_loss,
+    min_snr_weight,
     sample_timesteps,
     shift_for_tokens,
     shift_timesteps,
@@ -89,7 +91,7 @@ def test_shift() -> None:
     shifted = shift_timesteps(t, 3.0)
     assert shifted[0] == 0 and shifted[-1] == 1 and (shifted[1:-1] > t[1:-1]).all()
     assert shift_timesteps(torch.tensor(0.5), 3.0) == 0.75
-    assert shift_for_tokens(4096, 1024) == 2.0
+    assert shift_for_tokens(torch.tensor(4096), 1024) == 2.0
 
 
 def test_timesteps_follow_their_distribution() -> None:
@@ -106,9 +108,33 @@ def test_timesteps_follow_their_distribution() -> None:
     assert math.isclose((mixed < 0.5).float().mean(), 0.1, abs_tol=0.005)
 
 
+def test_mode_sampling_has_the_density_of_its_paper() -> None:
+    """SD3 eq. 20: t at quantile q is f(1 − q); with scale 0 that is uniform. And every distribution
+    keeps its uniform floor and its shift, which grows with the root of the tokens."""
+    q = torch.linspace(0.01, 0.99, 99)
+    normal, never = torch.special.ndtri(q), torch.ones(99)
+    for scale in (0.0, 0.8, 1.29):
+        config = TimestepConfig(distribution="mode", mode_scale=scale, uniform_share=0.0)
+        t = sample_timesteps(never, normal, config)
+        wanted = [1 - u - scale * (math.cos(math.pi / 2 * u) ** 2 - 1 + u) for u in q.tolist()]
+        torch.testing.assert_close(t, torch.tensor(wanted), atol=1e-5, rtol=0)
+    floor = TimestepConfig(distribution="mode", uniform_share=0.1)
+    assert torch.allclose(sample_timesteps(q / 10, normal, floor), q)
+    config = TimestepConfig(distribution="uniform", shift=2.0, base_tokens=64)
+    tokens = torch.full((99,), 256)
+    torch.testing.assert_close(sample_timesteps(q, normal, config, tokens), shift_timesteps(q, 4.0))
+
+
+def test_min_snr_weighs_the_clean_error() -> None:
+    t = torch.tensor([0.05, 0.3, 0.5, 0.9])
+    snr = ((1 - t) / t).square()
+    # the clean error is t² times that of the velocity
+    torch.testing.assert_close(min_snr_weight(t, 5.0), snr.clamp_max(5.0) * t.square())
+
+
 @pytest.mark.parametrize(
     "change", [{"std": 0.0}, {"uniform_share": 1.5}, {"shift": 0.0}], ids=lambda c: next(iter(c))
 )
-def test_wrong_distributions_are_refused(change: dict[str, float]) -> None:
+def test_wrong_distributions_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"timesteps.{next(iter(change))}"):
         TimestepConfig(**change)

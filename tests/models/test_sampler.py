@@ -7,9 +7,10 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
-from longtake.models.conditioning import given_mask, noise_levels
+from longtake.models.conditioning import given_frames, given_mask, noise_levels
 from longtake.models.dit import DiT, DiTConfig
 from longtake.models.flow import (
     Prediction,
@@ -69,6 +70,32 @@ def test_equals_the_stock_scheduler(shift: float, steps: int) -> None:
     torch.testing.assert_close(found, latents, atol=1e-5, rtol=0)
 
 
+def test_unipc_equals_the_stock_scheduler_and_mends_given_frames() -> None:
+    stock: Any = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    stock.set_timesteps(6)
+    latents, toy = noise(), Toy()
+    for t in stock.timesteps:
+        velocity = toy(latents, t.expand(2) / 1000, text(0.3).embeds)
+        latents = stock.step(velocity, t, latents, return_dict=False)[0]
+    config = SamplerConfig(steps=6, guidance_scale=1.0, solver="unipc")
+    torch.testing.assert_close(sample(Toy(), noise(), text(0.3), config=config), latents)
+    mask = given_mask(given_frames("i2v", 2), (2, 4, 4)).expand(2, 2, 4, 4)
+    known = Given(torch.full(SHAPE, 7.0), mask, (1, 2, 2), level=0.25)
+    shown: list[Tensor] = []
+
+    def watched(latents: Tensor, *args: Any, **levels: Any) -> Tensor:
+        shown.append(latents)
+        assert torch.equal(levels["levels"][:, 1], torch.full((2,), 0.25))
+        return toy(latents, *args, **levels)
+
+    found = sample(watched, noise(), text(0.3), config=config, given=known)
+    for seen in shown:
+        torch.testing.assert_close(seen[:, :, 0], 0.75 * 7 + 0.25 * noise()[:, :, 0])
+    assert (found[:, :, 0] == 7).all()
+
+
 def test_guidance_needs_the_empty_prompt() -> None:
     with pytest.raises(ValueError, match=r"sampler\.guidance_scale=4\.0"):
         sample(Toy(), noise(), text(0.0), config=SamplerConfig(guidance_scale=4.0))
@@ -78,7 +105,7 @@ def test_guidance_needs_the_empty_prompt() -> None:
 
 
 def test_given_latents_stay_and_are_told_as_clean() -> None:
-    mask = torch.stack((given_mask("i2v", (2, 4, 4)), given_mask("t2v", (2, 4, 4))))
+    mask = torch.stack([given_mask(given_frames(task, 2), (2, 4, 4)) for task in ("i2v", "t2v")])
     known = torch.full(SHAPE, 7.0)
     toy, steps = Toy(), []
     found = sample(
@@ -133,7 +160,7 @@ def test_dit_overfits_eight_clips(prediction: Prediction, task: str) -> None:
     )  # fmt: skip
     dit = DiT(config)
     optimizer = torch.optim.AdamW(dit.parameters(), lr=4e-3, weight_decay=0.0, fused=True)
-    mask = given_mask(task, (2, 4, 4)).expand(32, -1, -1, -1)
+    mask = given_mask(given_frames(task, 2), (2, 4, 4)).expand(32, -1, -1, -1)
     rows = torch.arange(32) % 8
     num_steps = 400
     for step in range(num_steps):

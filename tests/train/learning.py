@@ -48,11 +48,18 @@ def train_to_the_end(command: Sequence[str], run: Path, seconds: float) -> None:
     assert read_marker(run) == "FINISHED"
 
 
-def card_of(run: Path, num_prompts: int, num_pairs: int = 0) -> Card:
-    """Scores of the EMA weights on t2v prompts of the split val."""
+def card_of(
+    run: Path,
+    num_prompts: int,
+    num_pairs: int = 0,
+    tasks: tuple[str, ...] = ("t2v",),
+    captions: str | None = None,
+) -> Card:
+    """Scores of the EMA weights on prompts of the split val."""
     options = EvaluateOptions(
         splits=("val",),
-        tasks=("t2v",),
+        tasks=tasks,
+        caption_kind=captions,
         weights=("ema",),
         num_prompts=num_prompts,
         num_pairs=num_pairs,
@@ -61,11 +68,11 @@ def card_of(run: Path, num_prompts: int, num_pairs: int = 0) -> Card:
     return evaluate_run(run, options).card
 
 
-def score_of(card: Card, family: str, name: str) -> Score:
-    return next(s for s in card.scores if (s.family, s.name) == (family, name))
+def score_of(card: Card, family: str, name: str, task: str = "t2v") -> Score:
+    return next(s for s in card.scores if (s.task, s.family, s.name) == (task, family, name))
 
 
-def mean_of(card: Card, name: str) -> float:
+def mean_of(card: Card, name: str, task: str = "t2v") -> float:
     """A score over all families that have it, every clip counting alike."""
-    rows = [score for score in card.scores if score.name == name]
+    rows = [score for score in card.scores if (score.task, score.name) == (task, name)]
     return math.fsum(s.score * s.num_clips for s in rows) / sum(s.num_clips for s in rows)

@@ -16,12 +16,12 @@ from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.train import checkpoint
 from longtake.train.config import to_tree, write_config
-from longtake.train.dit_task import TextToVideo
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, single_process
 from longtake.train.lora import add_adapters
 from longtake.train.run_folder import CHECKPOINTS, CONFIG, FINISHED, mark
 from longtake.train.schema import DiTRun, VAERun
+from longtake.train.text_to_video import TextToVideo
 
 FAMILIES = ("move", "leftright")
 FRAMES, SIDE = 5, 16

@@ -12,6 +12,7 @@ import pytest
 
 from longtake.data.world import make_clip
 from longtake.data.world.given import continuation, given_kept, position_error, score_given
+from longtake.models.conditioning import GIVES_NOTHING, TASKS
 from longtake.train.card import read_rows
 from longtake.train.evaluate import EvaluateOptions, evaluate_run, resolve
 from longtake.train.playback import read_footage_file
@@ -124,6 +125,23 @@ def test_identity_has_truth_for_a_ceiling(road: Road, tmp_path: Path) -> None:
     assert result.folder == run / "evaluation" / "world"
     for entry in result.card.scores:
         assert entry.ceiling == pytest.approx(entry.truth)
+
+
+def test_every_task_is_drawn_from_its_frames_and_scored(road: Road, tmp_path: Path) -> None:
+    sizes = ("codec=identity", "model.in_channels=3", "model.out_channels=3")
+    every = f"tasks={{{', '.join(f'{name}: 1' for name in TASKS)}}}"
+    bucket = "data.buckets=[{frames:5,height:16,width:16,batch_size:2}]"
+    run = write_dit_run(
+        *(tmp_path / "dit", road.pixels, *sizes, "model.patch_size=[1,4,4]", every, bucket)
+    )
+    options = replace(OPTIONS, num_prompts=2, num_shown=0, steps=2, solver="unipc")
+    card = evaluate_run(run, options).card
+    assert {score.task for score in card.scores} == set(TASKS)
+    by_name = {(s.task, s.family, s.name): s for s in card.scores}
+    for task in TASKS.keys() - GIVES_NOTHING:
+        assert by_name[task, "move", "given_kept"].score == 1.0
+        assert ((task, "move", "continuation") in by_name) == (task != "i2v")
+    assert "direction" not in {s.name for s in card.scores if s.task == "t2i"}
 
 
 def test_i2v_starts_from_the_true_frame(road: Road, tmp_path: Path) -> None:

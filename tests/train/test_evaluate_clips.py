@@ -13,17 +13,16 @@ from torch import Tensor
 from longtake.data.catalogue import load_catalogue
 from longtake.data.loader import read_batches
 from longtake.data.plan.val_plan import ValPlan
-from longtake.models.conditioning import GIVEN_PREFIX
 from longtake.train.clips_card import Measure, TaskScores, print_clips_card
-from longtake.train.codec import Codec, load_codec
+from longtake.train.codec import load_codec
 from longtake.train.config import load_config
 from longtake.train.dit_task import DiTTask, TextToVideo
 from longtake.train.engine import Engine
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips, memorised
 from longtake.train.fidelity import PSNR_CAP
+from longtake.train.painter import Painter
 from longtake.train.playback import read_footage_file
 from longtake.train.runs import load_dit
-from longtake.train.sample import Painter
 
 from .conftest import Road
 from .metric_weights import save_clip_model, save_detector
@@ -292,17 +291,9 @@ def test_images_have_nothing_behind_a_given_frame(road: Road, tmp_path: Path) ->
     run = write_dit_run(tmp_path / "dit", road.pixels, *IDENTITY, image)
     result = evaluate_clips(run, road.val, OPTIONS, tmp_path / "out", device="cpu")
     assert [scores.task for scores in result.card.tasks] == ["t2v"]
-    assert "task i2v gives all frames of 1x16x16: 8" in result.card.left_out
+    assert "task i2v: it needs 2 latent frames, this clip has 1: 8" in result.card.left_out
     assert "flicker: no clip has three frames" in result.card.not_measured
     assert (result.folder / "videos" / "000.t2v.png").is_file()
-    with pytest.raises(ValueError, match=r"nothing was drawn: .*task i2v gives all frames"):
+    with pytest.raises(ValueError, match=r"nothing was drawn: .*task i2v: it needs 2"):
         options = replace(OPTIONS, tasks=("i2v",))
         evaluate_clips(run, road.val, options, tmp_path / "none", device="cpu")
-
-
-def test_frames_that_longer_prefixes_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GIVEN_PREFIX, "extend", 3)
-    zero, one = torch.zeros(()), torch.ones(())
-    vae, identity = Codec(16, (4, 8, 8), zero, one), Codec(3, (1, 1, 1), zero, one)
-    assert [vae.given_frames(task) for task in ("t2v", "i2v", "extend")] == [0, 1, 9]
-    assert identity.given_frames("extend") == 3

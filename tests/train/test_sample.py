@@ -9,16 +9,10 @@ import torch
 
 from longtake.data.decode import encode_image, probe
 from longtake.train.codec import load_codec
+from longtake.train.painter import GivenClips, Painter, noise_for, sampler_of
 from longtake.train.playback import read_footage_file, to_frames
 from longtake.train.runs import load_dit
-from longtake.train.sample import (
-    Painter,
-    SampleRequest,
-    noise_for,
-    sample_to_files,
-    sampler_of,
-    slug,
-)
+from longtake.train.sample import SampleRequest, sample_to_files, slug
 
 from .conftest import Road
 from .small_runs import FRAMES, SIDE, write_dit_run, write_vae_run
@@ -64,21 +58,21 @@ def test_the_first_frame_is_kept(road: Road, tmp_path: Path) -> None:
     run = load_dit(road.dit)
     codec = load_codec(run.config, folder=road.dit)
     painter = Painter(run, codec, sampler_of(run.config))
-    first = torch.rand(1, 3, 1, SIDE, SIDE) * 2 - 1
-    video = painter.draw(
-        [PROMPTS[0]], noise_for(0, codec.latent_shape(FRAMES, SIDE, SIDE))[None], first
-    )
+    clip = torch.rand(1, 3, FRAMES, SIDE, SIDE) * 2 - 1
+    first, shape = clip[:, :, :1], codec.latent_shape(FRAMES, SIDE, SIDE)
+    given = GivenClips(clip, codec.given("i2v", shape[1], 1))
+    video = painter.draw([PROMPTS[0]], noise_for(0, shape)[None], given)
     alone = codec.decode(codec.encode(first))
     torch.testing.assert_close(video[:, :, :1], alone, rtol=0, atol=1e-4)
     picture = tmp_path / "first.png"
     picture.write_bytes(encode_image(to_frames(first[0])[0]))
-    request = SampleRequest(PROMPTS[:1], image=picture)
+    request = SampleRequest(PROMPTS[:1], task="i2v", given=[str(picture)])
     assert sample_to_files(road.dit, request, tmp_path / "out", device="cpu")
 
 
 def test_mistakes_are_named(road: Road, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        sample_to_files(road.dit, SampleRequest(PROMPTS, image=tmp_path / "no.png"), tmp_path)
+        sample_to_files(road.dit, SampleRequest(PROMPTS, task="i2v", given=["no.png"]), tmp_path)
     with pytest.raises(ValueError, match="stage=vae must be dit"):
         sample_to_files(road.vae, SampleRequest(PROMPTS), tmp_path)
     with pytest.raises(ValueError, match="4 frames"):
@@ -92,7 +86,9 @@ def test_i2v_needs_a_run_that_was_trained_on_it(road: Road, tmp_path: Path) -> N
     picture = tmp_path / "first.png"
     picture.write_bytes(encode_image(np.zeros((SIDE, SIDE, 3), np.uint8)))
     with pytest.raises(ValueError, match=r"tasks\.i2v=0"):
-        sample_to_files(run, SampleRequest(PROMPTS[:1], image=picture), tmp_path / "out")
+        sample_to_files(
+            run, SampleRequest(PROMPTS[:1], task="i2v", given=[str(picture)]), tmp_path / "out"
+        )
 
 
 def test_the_vae_of_other_latents_is_refused(road: Road, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from longtake.train.run_folder import read_marker
 from tests.train.learning import TORCHRUN, card_of, nano_command, score_of, write_shards
 from tests.train.tiny_runs import kill_group, kill_or_leave, losses, start_command, wait_for
 
-STEPS, KILLED_AFTER = 800, 430
+STEPS, KILLED_AFTER = 500, 230
 
 
 @pytest.mark.dist
@@ -18,7 +18,7 @@ def test_two_ranks_learn_colour_through_a_kill(tmp_path: Path) -> None:
     shards, run = tmp_path / "world", tmp_path / "run"
     write_shards(shards, ["move"], 2000, 128)
     command = nano_command(
-        *(shards, run, f"train.steps={STEPS}", "train.log_every=1", "train.val_every=400"),
+        *(shards, run, f"train.steps={STEPS}", "train.log_every=1", "train.val_every=250"),
         "train.checkpoint_every=100",
     )
     first = start_command(command, *TORCHRUN, cwd=tmp_path)

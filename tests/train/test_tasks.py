@@ -13,10 +13,11 @@ from longtake.data.loader import Batch, Loader
 from longtake.data.plan import Plan
 from longtake.train.codec import Codec
 from longtake.train.config import parse_config
-from longtake.train.dit_task import DiTTask, pad_embeddings
+from longtake.train.dit_task import DiTTask
 from longtake.train.engine import Engine, single_process
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Means
+from longtake.train.text_to_video import pad_embeddings
 from longtake.train.vae_task import VAETask
 from tests.train.tiny_runs import TINY_VAE, options, tree, write_clips
 
@@ -67,11 +68,11 @@ def test_weight_counts_noisy_tokens(shards: Path) -> None:
     whole = dit_task(shards)
     given = dit_task(shards, "tasks.t2v=0", "tasks.i2v=1")
     each = dit_task(shards, "loss.weighting=sample")
-    samples = [clip.sample for clip in first_batches(whole)[0].clips]
-    assert [whole.weight(s) for s in samples] == [TOKENS, TOKENS]
-    assert [given.weight(s) for s in samples] == [TOKENS - 16, TOKENS - 16]
-    assert [each.weight(s) for s in samples] == [1, 1]
-    assert given.tokens(samples[0]) == TOKENS
+    batch = first_batches(whole)[0]
+    assert whole.weight(batch) == 2 * TOKENS
+    assert given.weight(batch) == 2 * (TOKENS - 16)
+    assert each.weight(batch) == 2
+    assert given.tokens(batch) == 2 * TOKENS
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "clean"])
@@ -99,7 +100,12 @@ def test_a_perfect_network_has_no_loss(shards: Path, prediction: str, i2v: int) 
 
 
 def test_the_sum_does_not_depend_on_the_slicing(shards: Path) -> None:
-    task = dit_task(shards, "tasks.i2v=0.5", "model.depth=2")
+    """Nor does the value of a sample, whatever the others of its batch are given or told."""
+    task = dit_task(
+        *(shards, "tasks={t2v: 1, i2v: 1, join: 1, random_frames: 2}", "given.noise=0.3"),
+        *("given.dropout=0.2", "numbers.sources={fps: fps}", "loss.min_snr_gamma=5"),
+        *("timesteps.distribution=mode", "timesteps.base_tokens=40", "model.depth=2"),
+    )
     with torch.no_grad():
         for parameter in task.module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -114,6 +120,11 @@ def test_the_sum_does_not_depend_on_the_slicing(shards: Path) -> None:
         whole = task.loss(engine, joined).total.item()
     assert sum(parts) == pytest.approx(whole, rel=1e-5)
     assert sum(single) == pytest.approx(whole, rel=1e-5)
+    alone = [task.loss(engine, replace(joined, clips=[clip])) for clip in joined.clips]
+    for number, group in enumerate(task.loss(engine, joined).groups):
+        for name in ("totals", "weights"):
+            others = [getattr(one.groups[number], name) for one in alone]
+            torch.testing.assert_close(getattr(group, name), torch.stack(others).sum(0))
     assert task.loss(engine, joined).total.item() == pytest.approx(whole, rel=1e-6)
 
 
@@ -132,7 +143,7 @@ def test_captions_are_dropped_at_the_rate_asked_for(shards: Path) -> None:
     for _ in range(12):
         for batch in next(loader):
             task.loss(stub, batch)
-    empty = task.tokenizer([""])[0].tolist()
+    empty = task.captions.tokenizer([""])[0].tolist()
     share = sum(row == empty for row in stub.rows) / len(stub.rows)
     assert 0.3 < share < 0.7
     assert len({tuple(row) for row in stub.rows}) > 4
@@ -145,7 +156,9 @@ def test_validation_is_fixed_and_skips_filling(shards: Path) -> None:
     first = task.validate(engine, batches).merged([dict(task.validate(engine, batches).sums)])
     again = Means().merged([dict(task.validate(engine, batches).sums)])
     assert first == again
-    assert {"loss", "loss/t0.30", "loss/t0.80", "loss/5x16x16"} == set(again)
+    cells = {f"loss/t{level}/5x16x16/t2v" for level in ("0.30", "0.80")}
+    margins = {"loss", "loss/t0.30", "loss/t0.80", "loss/5x16x16", "loss/t2v"}
+    assert cells | margins == set(again)
     assert again["loss"] == pytest.approx((again["loss/t0.30"] + again["loss/t0.80"]) / 2)
     filling = [replace(batch, counted=False) for batch in batches]
     assert dict(task.validate(engine, filling).sums) == {}
@@ -172,7 +185,7 @@ def test_the_vae_loss_is_a_sum_over_pixels(shards: Path) -> None:
         both = [task.loss(engine, batch) for batch in batches]
         joined = replace(batches[0], clips=[clip for batch in batches for clip in batch.clips])
         whole = task.loss(engine, joined)
-    weight = sum(task.weight(clip.sample) for clip in joined.clips)
+    weight = task.weight(joined)
     assert weight == len(joined.clips) * 5 * 16 * 16
     split = sum(part.total.item() for part in both)
     assert split == pytest.approx(whole.total.item(), rel=1e-5)
@@ -180,7 +193,7 @@ def test_the_vae_loss_is_a_sum_over_pixels(shards: Path) -> None:
     total = sum(getattr(config.loss, name).weight * value for name, value in parts.items())
     assert whole.total.item() / weight == pytest.approx(total, rel=1e-5)
     assert 0 < parts["l1"] < 2 and parts["kl"] > 0
-    assert task.tokens(joined.clips[0].sample) == 3 * 8 * 8
+    assert task.tokens(joined) == len(joined.clips) * 3 * 8 * 8
 
 
 def test_padding_of_embeddings() -> None:

@@ -1,0 +1,147 @@
+"""What samples are given: fixed draws, a curriculum, clips too short; files; nothing that leaks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.data.decode import encode_image, encode_video
+from longtake.data.plan.planned import PlannedSample
+from longtake.models.conditioning import GivenFrames
+from longtake.models.text import TextConfig, Tokenizer
+from longtake.train.caption_rows import join_words
+from longtake.train.codec import Codec, load_codec
+from longtake.train.config import parse_config
+from longtake.train.given import Conditions, task_weights
+from longtake.train.given_files import read_given
+from longtake.train.runs import load_dit
+from longtake.train.schema import CurriculumPoint, DiTRun
+
+from .conftest import Road
+from .tiny_runs import options, tree
+
+IDENTITY = Codec(3, (1, 1, 1), torch.tensor(0.0), torch.tensor(1.0))
+SAMPLE = PlannedSample(
+    *(0, 0, 1, "key", 0, (9, 16, 16), (0.0,), 8.0, (0.5, 0.5), False, "short", 7, 0, (0, 0))
+)
+EVERY = "tasks={t2v: 1, i2v: 1, extend_forward: 1, extend_backward: 1, join: 1, random_frames: 1}"
+
+
+def config_of(*more: str) -> DiTRun:
+    config = parse_config(tree(options(Path("shards"), Path("run"), *more)))
+    assert isinstance(config, DiTRun)
+    return config
+
+
+def bucket(*frames: int) -> str:
+    shapes = (f"{{frames: {n}, height: 16, width: 16, batch_size: 2}}" for n in frames)
+    return f"data.buckets=[{', '.join(shapes)}]"
+
+
+def test_the_curriculum_is_a_straight_line_between_its_points() -> None:
+    points = [CurriculumPoint(10, {"t2v": 1.0}), CurriculumPoint(20, {"t2v": 0.5, "join": 0.5})]
+    at = [task_weights({"t2v": 2.0}, points, step) for step in (0, 5, 10, 15, 20, 99)]
+    assert [w["t2v"] for w in at] == [2.0, 1.5, 1.0, 0.75, 0.5, 0.5]
+    assert [w.get("join", 0.0) for w in at] == [0, 0, 0, 0.25, 0.5, 0.5]
+
+
+def test_draws_depend_on_sample_and_step_alone() -> None:
+    config = config_of(
+        *(EVERY, "given.dropout=0.5", "given.noise=0.2", bucket(9)),
+        "curriculum=[{step: 100, tasks: {t2v: 1}}]",
+    )
+    conditions = Conditions(config, IDENTITY)
+    samples = [replace(SAMPLE, seed=seed) for seed in range(400)]
+    first = [conditions.draw(sample, 0) for sample in samples]
+    assert first == [Conditions(config, IDENTITY).draw(sample, 0) for sample in samples]
+    assert {one.task for one in first} == set(config.trained_tasks)
+    assert {conditions.draw(sample, 100).task for sample in samples} == {"t2v"}
+    join = [one for one in first if one.task == "join"]
+    assert {tuple(run.start > 0 for run in one.frames.runs) for one in join} == {
+        (), (False,), (True,), (False, True),
+    }  # fmt: skip
+    assert all(0 < one.level < 0.2 if one.frames.runs else one.level == 0 for one in first)
+    assert {conditions.num_noisy(s, 0) for s in samples} <= {16 * n for n in range(1, 10)}
+
+
+def test_a_clip_that_is_too_short_draws_among_the_other_tasks() -> None:
+    tasks = "tasks={t2v: 0, t2i: 1, i2v: 1, join: 1}"
+    conditions = Conditions(config_of(tasks, bucket(1, 3, 9)), IDENTITY)
+    for length, names in ((1, {"t2i"}), (3, {"i2v"}), (9, {"i2v", "join"})):
+        shape = (length, 16, 16)
+        drawn = [conditions.draw(replace(SAMPLE, seed=i, shape=shape), 0) for i in range(30)]
+        assert {one.task for one in drawn} == names
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("tasks={t2v: 0, i2v: 1}", bucket(1, 5)), "data.buckets has 1x16x16, which none of the"),
+        (("tasks.join=1", bucket(3)), r"tasks.join fits no bucket: it needs 5 latent frames"),
+        (("tasks.join=1", "codec=vae"), r"tasks.join gives frames behind the beginning"),
+        (("tasks.i2v=1", "model.patch_size=[2,4,4]"), r"model.patch_size\[0\]=2 must be 1"),
+        (("curriculum=[{step: 0, tasks: {t2v: 1}}]",), r"curriculum has steps \[0\]"),
+        (("curriculum=[{step: 5, tasks: {v: 1}}]",), r"curriculum.0.tasks.v: unknown task"),
+        (("given.noise=1",), "given.noise=1"),
+        (("numbers.dropout=1",), "numbers.dropout=1"),
+        (("timesteps.mode_scale=2",), "timesteps.mode_scale=2"),
+        (("timesteps.distribution=cauchy",), "timesteps.distribution"),
+    ],
+)
+def test_mistakes_are_named_at_the_start(more: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Conditions(config_of(*more), IDENTITY)
+
+
+def test_conditions_do_not_change_with_the_frames_to_be_generated(road: Road) -> None:
+    """Through a causal VAE the given latents are those of a clip that ends with them."""
+    codec = load_codec(load_dit(road.dit).config, folder=road.dit)
+    clip, other = torch.rand(2, 1, 3, 13, 16, 16) * 2 - 1
+    given = codec.given("extend_forward", codec.latent_frames(13), 1)
+    frames = codec.pixel_frames(given)
+    assert frames == list(range(5))
+    other[:, :, frames] = clip[:, :, frames]
+    first, second = (codec.encode_given(x, given) for x in (clip, other))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first[:, :, :3], codec.encode(clip)[:, :, :3], atol=1e-5, rtol=1e-5)
+    alone = codec.pixel_frames(GivenFrames((), (range(1, 3),)))
+    assert codec.encode(clip[:, :, alone]).shape[2] == 2 and alone[0] == codec.strides[0]
+
+
+def test_files_land_where_the_task_gives_them(tmp_path: Path) -> None:
+    config = config_of("tasks={t2v: 1, join: 1, random_frames: 1, extend_forward: 1}", bucket(9))
+    ramp = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20 + np.zeros((1, 16, 16, 3))
+    (tmp_path / "clip.mp4").write_bytes(encode_video(ramp.astype(np.uint8), 8.0))
+    (tmp_path / "white.png").write_bytes(encode_image(np.full((16, 16, 3), 255, np.uint8)))
+    clip, image, shape = str(tmp_path / "clip.mp4"), str(tmp_path / "white.png"), (9, 16, 16)
+
+    def levels(task: str, *files: str) -> dict[int, int]:
+        given = read_given(task, files, config, IDENTITY, shape, 8.0)
+        assert given is not None
+        means = given.clips[0].add(1).mul(127.5).mean((0, 2, 3))
+        return {i: round(means[i].item() / 20) for i in IDENTITY.pixel_frames(given.frames)}
+
+    assert levels("join", clip, clip) == {0: 9, 1: 10, 2: 11, 6: 0, 7: 1, 8: 2}
+    assert levels("random_frames", f"{image}@2", f"{image}@7") == {2: 13, 7: 13}
+    assert read_given("t2v", (), config, IDENTITY, shape, 8.0) is None
+    for task, files, message in (
+        ("join", (clip,), r"takes 2 files of \[3, 3\] frames for a video of 9, got 1"),
+        ("join", (clip, image), "has 1 frames at 8 per second, 3 are needed"),
+        ("t2v", (clip,), "takes 0 files"),
+        ("first_last", (clip, clip), "trained on t2v, extend_forward, join, random_frames only"),
+        ("random_frames", (f"{clip}@9",), "must start at a multiple of 1 within the video"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_given(task, files, config, IDENTITY, shape, 8.0)
+
+
+def test_numbers_stand_behind_a_caption_and_a_long_one_makes_room() -> None:
+    tokenizer = Tokenizer(TextConfig(max_length=32))
+    for caption in ("a red circle", "一个红色的圆在移动", "a red circle moves left for ever"):
+        (row,) = tokenizer([caption])
+        told = join_words(row, {"fps": 8.0, "motion": 0.123456}, tokenizer)
+        text = tokenizer.tokenizer.decode(told, skip_special_tokens=True, errors="ignore")
+        assert text.endswith("(fps 8, motion 0.123)") and len(told) <= 32
+        assert torch.equal(told[:10], row[:10])

@@ -1,0 +1,99 @@
+"""Captions as the module takes them: a row of token ids, or embeddings of a frozen encoder.
+
+Numbers that are known of a clip (frames per second, scores) may stand behind its caption, as words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from longtake.data.latents import read_empty_text
+from longtake.data.loader import Clip
+from longtake.data.randomness import uniform
+from longtake.models.text import TextEncoder, Tokenizer
+from longtake.train.schema import DiTRun
+
+FPS = "fps"  # the source of a number that every clip has
+
+
+class CaptionRows:
+    """Rows of clips: ids (L,) where the encoder is trained along, else embeddings (L, D)."""
+
+    def __init__(self, config: DiTRun, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.tokenizer = Tokenizer(config.text)
+        self._encoder: TextEncoder | None = None
+        self._is_cached = config.codec == "vae" and config.text.kind == "pretrained"
+        self._empty = (
+            read_empty_text(config.data.train[0].path)
+            if self._is_cached
+            else self.tokenizer([""])[0]
+        )
+
+    @property
+    def frozen(self) -> TextEncoder:
+        """The pretrained encoder, loaded when it is first needed: cached text needs none."""
+        if self._encoder is None:
+            self._encoder = TextEncoder(self.config.text).to(self.device)
+        return self._encoder
+
+    def whole(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """Captions and all that is known of the clips, as validation tells them."""
+        words, rows = list(self.config.numbers.told), self._captions(clips)
+        return self._finish(
+            [self._tell(row, clip, words) for row, clip in zip(rows, clips, strict=True)]
+        )
+
+    def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor], list[bool]]:
+        """The same with captions and numbers dropped, each by itself, a caption for that of the
+        empty prompt; and whether each caption fills `text.max_length`, behind which nothing is
+        seen."""
+        config, captions, rows = self.config, self._captions(clips), []
+        for row, clip in zip(captions, clips, strict=True):
+            draw = partial(uniform, clip.sample.seed)
+            words = [w for w in config.numbers.told if draw(f"drop_{w}") >= config.numbers.dropout]
+            is_dropped = draw("drop_text") < config.caption_dropout
+            rows.append(self._tell(self._empty if is_dropped else row, clip, words))
+        return self._finish(rows), [len(row) >= config.text.max_length for row in captions]
+
+    def of_texts(self, captions: Sequence[str]) -> list[Tensor]:
+        """Rows of any captions; "" is cached where the others were."""
+        if self._is_cached and not any(captions):
+            return [self._empty] * len(captions)
+        return self._encode(self.tokenizer(captions))
+
+    def _captions(self, clips: Sequence[Clip]) -> list[Tensor]:
+        """From the cache where it holds them, else token ids made here."""
+        return [
+            self.tokenizer([clip.caption])[0] if clip.text is None else clip.text for clip in clips
+        ]
+
+    def _tell(self, row: Tensor, clip: Clip, words: Sequence[str]) -> Tensor:
+        """The row with these numbers behind it, as far as they are known of the clip."""
+        told = self.config.numbers.told
+        numbers = {w: clip.fps if told[w] == FPS else clip.scores.get(told[w]) for w in words}
+        known = {word: value for word, value in numbers.items() if value is not None}
+        return join_words(row, known, self.tokenizer) if known else row
+
+    def _finish(self, rows: list[Tensor]) -> list[Tensor]:
+        return rows if self._is_cached else self._encode(rows)
+
+    @torch.no_grad()
+    def _encode(self, ids: list[Tensor]) -> list[Tensor]:
+        if self.config.text.kind == "bytes":
+            return ids
+        embeds, lens = self.frozen(ids)
+        return [row[: int(length)] for row, length in zip(embeds, lens, strict=True)]
+
+
+def join_words(row: Tensor, numbers: Mapping[str, float], tokenizer: Tokenizer) -> Tensor:
+    """Token ids (L,) of a caption with its numbers behind it, which a long caption makes room for:
+    "… moves left.(fps 8, motion 0.3)"."""
+    words = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    (suffix,) = tokenizer([f"({words})"])
+    room = max(tokenizer.config.max_length - len(suffix), 0)
+    return torch.cat((row[:-1][:room], suffix))

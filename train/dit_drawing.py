@@ -1,0 +1,85 @@
+"""What a DiT run draws to look at during training, with the weights now in its module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from longtake.data.loader import Batch
+from longtake.data.randomness import derive_seed, generator
+from longtake.models.sampler import Given, sample
+from longtake.train.engine import Engine
+from longtake.train.given import masks_of
+from longtake.train.playback import to_frames
+from longtake.train.tasks import Drawing
+
+if TYPE_CHECKING:
+    from longtake.train.dit_task import DiTTask
+
+
+@torch.no_grad()
+def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> list[Drawing]:
+    """Samples for samples.prompts, or for the captions of the first validation clips, which are
+    drawn again from their own frames under every task that gives some.
+
+    All prompts of the config start from one noise: two that differ in a word are a minimal pair.
+    """
+    clips = [clip for batch in batches for clip in batch.clips]
+    if not clips:
+        return []
+    fixed, captions = task.config.samples.prompts, [clip.caption for clip in clips]
+    prompts = fixed or captions
+    numbers = [0 if fixed else number for number in range(len(prompts))]
+    rows = task.captions.of_texts(fixed) if fixed else task.captions.whole(clips)
+    fps, shape = clips[0].fps, task.conditions.latent_shape(clips[0].sample)
+    video = _draw(task, engine, rows, numbers, shape)
+    drawings = _named("sample", video, prompts, fps)
+    for name in task.config.trained_tasks:
+        if task.conditions.unfit(name, shape[0]):
+            continue
+        drawn = task.conditions.fixed(name, shape[0])
+        if drawn.frames.runs:
+            clean = torch.cat([task.clean(batch) for batch in batches])
+            masks = masks_of([drawn] * len(clips), shape).to(task.device)
+            given = Given(clean, masks, task.patch_size)
+            rows = task.captions.whole(clips)
+            video = _draw(task, engine, rows, range(len(clips)), shape, given)
+            drawings += _named(name, video, captions, fps)
+    return drawings
+
+
+def _draw(
+    task: DiTTask,
+    engine: Engine,
+    rows: Sequence[Tensor],
+    numbers: Sequence[int],
+    shape: tuple[int, int, int],
+    given: Given | None = None,
+) -> Tensor:
+    """Pixels (B, 3, T, H, W), each from the noise of its number."""
+    settings, encode = task.config.samples, task.module.encode
+    seeds = [derive_seed(settings.seed, number) for number in numbers]
+    size = (task.config.model.in_channels, *shape)
+    noise = [torch.randn(size, generator=generator(seed, "noise")) for seed in seeds]
+    negative = task.captions.of_texts([settings.negative_prompt]) * len(rows)
+    with engine.autocast():
+        latents = sample(
+            task.module.dit,
+            torch.stack(noise).to(task.device),
+            encode(rows),
+            config=settings.sampler,
+            prediction=task.prediction,
+            negative=encode(negative),
+            given=given,
+        )
+    return task.codec.decode(latents)
+
+
+def _named(name: str, video: Tensor, captions: Sequence[str], fps: float) -> list[Drawing]:
+    return [
+        Drawing(f"{name}-{number:02d}", to_frames(pixels), fps, caption)
+        for number, (pixels, caption) in enumerate(zip(video, captions, strict=True))
+    ]

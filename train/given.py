@@ -1,0 +1,134 @@
+"""What each sample of a DiT run is given: its task, frames and their noise, from its seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from longtake.data.plan.planned import PlannedSample
+from longtake.data.randomness import uniform
+from longtake.models.conditioning import (
+    GivenFrames,
+    draw_task,
+    given_mask,
+    num_noisy_tokens,
+    unfit,
+)
+from longtake.train.codec import Codec
+from longtake.train.schema import CurriculumPoint, DiTRun
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one sample is given: latent frames, and the noise level they are shown at."""
+
+    task: str
+    frames: GivenFrames
+    level: float = 0.0
+
+
+class Conditions:
+    """Draws what samples are given; every draw is a function of (config, sample, step)."""
+
+    def __init__(self, config: DiTRun, codec: Codec) -> None:
+        """ValueError for a bucket that no task fits, and a task that fits no bucket."""
+        self.config, self.codec = config, codec
+        self.patch = config.model.patch_size
+        check_lengths(config, codec)
+
+    def draw(self, sample: PlannedSample, step: int) -> Drawn:
+        """What the sample is given at a step. Tasks that it is too short for leave their weight to
+        the others; every run of frames may be dropped by itself."""
+        shape, draw = self.latent_shape(sample), partial(uniform, sample.seed)
+        weights = task_weights(self.config.tasks, self.config.curriculum, step)
+        fitting = {task: w for task, w in weights.items() if not self.unfit(task, shape[0])}
+        task, settings = draw_task(draw("task"), fitting), self.config.given
+        frames = self.codec.given(task, shape[0], self.patch[0], draw)
+        if settings.dropout:
+            frames = frames.keep(lambda run: draw(f"given.drop.{run}") >= settings.dropout)
+        level = settings.noise * draw("given.noise") if frames.runs else 0.0
+        return Drawn(task, frames, level)
+
+    def fixed(self, task: str, num_latents: int) -> Drawn:
+        """The same for every sample of a length: for validation."""
+        return Drawn(task, self.codec.given(task, num_latents, self.patch[0]))
+
+    def unfit(self, task: str, num_latents: int) -> str:
+        """Why clips of so many latent frames cannot serve a task; "" where they can."""
+        return unfit(task, num_latents, self.patch[0])
+
+    def latent_shape(self, sample: PlannedSample) -> tuple[int, int, int]:
+        """Latent (T, H, W): the plan speaks of pixels, also where latents are cached."""
+        _, frames, height, width = self.codec.latent_shape(*sample.shape)
+        return frames, height, width
+
+    def num_tokens(self, sample: PlannedSample) -> int:
+        """All video tokens, given ones included."""
+        time, rows, columns = self.config.model.grid(self.latent_shape(sample))
+        return time * rows * columns
+
+    def num_noisy(self, sample: PlannedSample, step: int) -> int:
+        """Tokens of the sample that are generated and bear loss."""
+        shape = self.latent_shape(sample)
+        return _num_noisy(self.draw(sample, step).frames, shape, self.patch)
+
+
+@lru_cache(maxsize=4096)
+def _num_noisy(
+    frames: GivenFrames, shape: tuple[int, int, int], patch: tuple[int, int, int]
+) -> int:
+    return num_noisy_tokens(given_mask(frames, shape), patch)
+
+
+def masks_of(drawn: Sequence[Drawn], shape: tuple[int, int, int]) -> Tensor:
+    """Masks (B, T, H, W) bool on the CPU of what is given in place."""
+
+    return torch.stack([given_mask(one.frames, shape) for one in drawn])
+
+
+def task_weights(
+    start: dict[str, float], curriculum: Sequence[CurriculumPoint], step: int
+) -> dict[str, float]:
+    """Weights of the tasks at a step: `start`, then those of each point of the curriculum, on a
+    straight line between two of them."""
+    before, weights = 0, start
+    for point in curriculum:
+        if step < point.step:
+            share = (step - before) / (point.step - before)
+            names = dict.fromkeys((*weights, *point.tasks))
+            return {
+                name: (1 - share) * weights.get(name, 0.0) + share * point.tasks.get(name, 0.0)
+                for name in names
+            }
+        before, weights = point.step, point.tasks
+    return weights
+
+
+def check_lengths(config: DiTRun, codec: Codec) -> None:
+    """ValueError where tasks and buckets do not fit together, with the reason."""
+    lengths = {
+        bucket.name: codec.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
+        for bucket in config.data.buckets
+    }
+    patch = config.model.patch_size[0]
+    for task in config.trained_tasks:
+        reasons = {name: unfit(task, length, patch) for name, length in lengths.items()}
+        if all(reasons.values()):
+            name, reason = next(iter(reasons.items()))
+            raise ValueError(
+                f"tasks.{task} fits no bucket: {reason} ({name}); set tasks.{task}=0 or use other "
+                "clips"
+            )
+    stages = [(0, config.tasks), *((point.step, point.tasks) for point in config.curriculum)]
+    for step, weights in stages:
+        names = [name for name, weight in weights.items() if weight > 0]
+        for bucket, length in lengths.items():
+            if all(unfit(task, length, patch) for task in names):
+                raise ValueError(
+                    f"data.buckets has {bucket}, which none of the tasks {', '.join(names)} of "
+                    f"step {step} can use: add t2v, or t2i for images"
+                )

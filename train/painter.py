@@ -1,0 +1,124 @@
+"""Draws batches of videos with one run, from prompts, noise and what is given."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.data.randomness import generator
+from longtake.models.conditioning import GivenFrames, given_mask
+from longtake.models.sampler import Given, SamplerConfig, TextInput, sample
+from longtake.models.text import Tokenizer
+from longtake.train.caption_rows import join_words
+from longtake.train.codec import Codec
+from longtake.train.runs import LoadedDiT
+from longtake.train.schema import DiTRun
+
+
+@dataclass(frozen=True)
+class GivenClips:
+    """Clips (B, 3, T, H, W) in [-1, 1], or one for all, of which only `frames` are looked at."""
+
+    clips: Tensor
+    frames: GivenFrames
+    level: float = 0.0  # noise at which they are shown
+
+
+class Painter:
+    """Draws batches with one run: text encoder, DiT, sampler, codec."""
+
+    def __init__(
+        self, run: LoadedDiT, codec: Codec, sampler: SamplerConfig, *, precision: str = "fp32"
+    ) -> None:
+        """`precision`: fp32, or bf16 for autocast as in training."""
+        self.run, self.codec, self.sampler = run, codec, sampler
+        self.tokenizer = Tokenizer(run.config.text)
+        self.device = next(run.dit.parameters()).device
+        self.precision = precision
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        given: GivenClips | None = None,
+        on_step: Callable[[int], None] | None = None,
+        *,
+        negative: str | None = None,
+        numbers: Mapping[str, float] | None = None,
+    ) -> Tensor:
+        """Pixels (B, 3, T, H, W) in [-1, 1] from noise (B, C, T', H', W') of the latents' shape.
+
+        Given frames are kept. `negative` None stands for the run's own. `numbers` are told behind
+        prompts and negative prompt alike: guidance leads towards the prompt.
+        """
+        with self._autocast():
+            text, empty = self._encode(prompts, numbers), None
+            if self.sampler.guidance_scale != 1:
+                away = self.run.config.samples.negative_prompt if negative is None else negative
+                empty = self._encode([away] * len(prompts), numbers)
+            latents = sample(
+                self.run.dit,
+                noise.to(self.device),
+                text,
+                config=self.sampler,
+                prediction=self.run.config.prediction,  # pyright: ignore[reportArgumentType]
+                negative=empty,
+                given=None if given is None else self._given(noise.shape, given),
+                on_step=on_step,
+            )
+            return self.codec.decode(latents).float()
+
+    def _encode(
+        self, captions: Sequence[str], numbers: Mapping[str, float] | None = None
+    ) -> TextInput:
+        rows = self.tokenizer(captions)
+        if numbers:
+            rows = [join_words(row, numbers, self.tokenizer) for row in rows]
+        embeds, lens = self.run.text(rows)
+        return TextInput(embeds.float(), lens)
+
+    def _given(self, shape: torch.Size, given: GivenClips) -> Given:
+        known = self.codec.encode_given(given.clips.to(self.device), given.frames)
+        mask = given_mask(given.frames, (shape[2], shape[3], shape[4])).to(self.device)
+        return Given(
+            known.expand(shape),
+            mask.expand(shape[0], *mask.shape),
+            self.run.dit.config.patch_size,
+            given.level,
+        )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def warn_of_cut(self, prompts: Sequence[str]) -> None:
+        """Name on stderr each prompt that fills `text.max_length`: what lies behind is not seen."""
+        limit = self.run.config.text.max_length
+        for prompt, ids in zip(prompts, self.tokenizer(prompts), strict=True):
+            if len(ids) >= limit:
+                print(f"cut at text.max_length={limit} tokens: {prompt!r}", file=sys.stderr)
+
+
+def sampler_of(
+    config: DiTRun,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    shift: float | None = None,
+    solver: str | None = None,
+) -> SamplerConfig:
+    """The run's sampler with what the caller sets otherwise."""
+    wanted = {"steps": steps, "shift": shift, "guidance_scale": guidance_scale, "solver": solver}
+    changes: dict[str, Any] = {name: v for name, v in wanted.items() if v is not None}
+    return replace(config.samples.sampler, **changes)
+
+
+def noise_for(seed: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of one video, the same on every machine and in every batch."""
+    return torch.randn(tuple(shape), generator=generator(seed, "noise"))

@@ -1,0 +1,57 @@
+"""What a DiT run trains: the transformer and, where it learns too, the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longtake.models.dit import DiT
+from longtake.models.sampler import TextInput
+from longtake.models.text import TextEncoder
+
+
+class TextToVideo(nn.Module):
+    """DiT and, when it is trained along, the text encoder: one module for the engine.
+
+    Text comes as a row per sample: token ids (L,) where the encoder is here, embeddings (L, D) of
+    a frozen one where it is not.
+    """
+
+    def __init__(self, dit: DiT, text: TextEncoder | None, max_length: int) -> None:
+        super().__init__()
+        self.dit = dit
+        self.text = text
+        self.max_length = max_length
+
+    def encode(self, rows: Sequence[Tensor]) -> TextInput:
+        """Embeddings (B, max_length, D), zero after each row's end, and their lengths."""
+        if self.text is not None:
+            return TextInput(*self.text(rows))
+        text = pad_embeddings([row.cpu() for row in rows], self.max_length)
+        device = next(self.dit.parameters()).device
+        return TextInput(text.embeds.to(device), text.lens)
+
+    def forward(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        rows: Sequence[Tensor],
+        levels: Tensor | None = None,
+        level_index: Tensor | None = None,
+    ) -> Tensor:
+        """latents (B, C, T, H, W), t (B,) -> prediction (B, C, T, H, W); levels as for the DiT."""
+        text = self.encode(rows)
+        embeds = text.embeds.to(latents.device)
+        return self.dit(latents, t, embeds, text.lens, levels=levels, level_index=level_index)
+
+
+def pad_embeddings(rows: Sequence[Tensor], length: int) -> TextInput:
+    """Rows (L, D) -> embeddings (B, length, D), zero after each row's end, and lengths (B,)."""
+    lens = torch.tensor([len(row) for row in rows])
+    longest = int(lens.max())
+    if longest > length:
+        raise ValueError(f"text of {longest} tokens: text.max_length={length} is the limit")
+    embeds = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return TextInput(nn.functional.pad(embeds, (0, 0, 0, length - longest)).float(), lens)
