@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from longtake.train.run_folder import VALIDATION
+from longtake.train.tracking import Tracker
+
 CELL = re.compile(r"val/loss/t(?P<level>[\d.]+)/(?P<row>[\dx]+/\w+?)(?P<ema>_ema)?")
 WEIGHTS = {"": "weights", "_ema": "EMA"}
 
@@ -37,6 +40,16 @@ def matrix_of(metrics: Mapping[str, float]) -> LossMatrix | None:
     rows = tuple(sorted({row for _, row, _ in values}))
     levels = tuple(sorted({level for _, _, level in values}))
     return LossMatrix(rows, levels, values) if len(rows) > 1 else None
+
+
+def show_matrix(metrics: Mapping[str, float], folder: Path, step: int, tracker: Tracker) -> None:
+    """The matrix in a row of metrics as a picture in the run folder and a table in the tracker."""
+    matrix = matrix_of(metrics)
+    if matrix is not None:
+        path = folder / VALIDATION / f"step-{step:08d}.png"
+        write_heatmap(matrix, path)
+        tracker.log_videos(step, {"val/heatmap": path})
+        tracker.log_table(step, "val/matrix", *matrix.table)
 
 
 def write_heatmap(matrix: LossMatrix, path: Path) -> None:

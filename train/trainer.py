@@ -22,15 +22,8 @@ from longtake.train.health import Quarantine, Spikes, StopSignal
 from longtake.train.metrics import WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import write_drawings
-from longtake.train.report_matrix import matrix_of, write_heatmap
-from longtake.train.run_folder import (
-    CHECKPOINTS,
-    FINISHED,
-    PREEMPTED,
-    SAMPLES,
-    VALIDATION,
-    mark,
-)
+from longtake.train.report_matrix import show_matrix
+from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.step_times import StepTimes, Work
 from longtake.train.tasks import LossSum, Means, Task
@@ -249,12 +242,8 @@ class Training:
             row["val/left_out"] = float(left_out)
         row |= {f"val/{name}_ema": value for name, value in mean.items()}
         self.log(row)
-        matrix = matrix_of(row)
-        if self.tracker is not None and matrix is not None:
-            path = self.folder / VALIDATION / f"step-{self.step:08d}.png"
-            write_heatmap(matrix, path)
-            self.tracker.log_videos(self.step, {"val/heatmap": path})
-            self.tracker.log_table(self.step, "val/matrix", *matrix.table)
+        if self.tracker is not None:
+            show_matrix(row, self.folder, self.step, self.tracker)
 
     def _left_out(self) -> int:
         """How many samples of the pass no rank could read; each is named once."""
