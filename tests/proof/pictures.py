@@ -1,8 +1,8 @@
 """Pictures of a proof for the documents: curves, and clips beside what a VAE makes of them."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from longtake.train.playback import read_footage_file
 from longtake.train.report_curves import Series
 
+T = TypeVar("T")
 MAX_BYTES = 1_000_000
-ROWS, FRAMES, SHRINK = 4, 3, 2
+ROWS, FRAMES, SHRINK = 3, 3, 2
 
 
 def draw_curves(parts: Mapping[str, Series], path: Path) -> None:
@@ -30,19 +31,17 @@ def draw_curves(parts: Mapping[str, Series], path: Path) -> None:
 
 
 def draw_reconstructions(samples: Path, path: Path) -> None:
-    """First, middle and last frame of the last drawn clips: original, reconstruction, difference.
+    """First, middle and last frame of a few clips drawn last: original, reconstruction, difference.
 
     `samples` is that folder of a run. ValueError when it holds no drawing, or the picture is large.
     """
     folders = sorted(samples.glob("step-*"))
     if not folders:
         raise ValueError(f"{samples}: holds no drawing; train with train.sample_every > 0")
-    names = list(json.loads((folders[-1] / "prompts.json").read_text(encoding="utf-8")))[:ROWS]
     rows = []
-    for name in names:
-        frames = read_footage_file(folders[-1] / f"{name}.mp4").frames  # (T, H, 3W, 3)
-        chosen = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
-        rows.append(np.concatenate([framed(frame) for frame in frames[chosen]], axis=1))
+    for file in spread(sorted(folders[-1].glob("*.mp4")), ROWS):
+        frames = list(read_footage_file(file).frames)  # each (H, 3W, 3)
+        rows.append(np.concatenate([framed(frame) for frame in spread(frames, FRAMES)], axis=1))
     picture = np.concatenate(rows)
     height, width = picture.shape[:2]
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
@@ -51,6 +50,11 @@ def draw_reconstructions(samples: Path, path: Path) -> None:
     figure.savefig(path, dpi=100)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES}")
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items at even distances, the first and the last among them."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
 def framed(frame: np.ndarray) -> np.ndarray:

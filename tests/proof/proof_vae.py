@@ -28,7 +28,7 @@ REAL_SIDE = 128
 # Real clips are packed into parts; a source is either trained on or validated on, with all of them.
 PACK = ("--recode", str(REAL_SIDE), "--max-duration", "2.5", "--min-duration", "0.8")
 REAL = (
-    *("data=clips", "data.num_workers=0", "data.decode_timeout=null", "data.crop=center"),
+    *("data=clips", "data.num_workers=0", "data.decode_timeout=null", "data.flip=true"),
     *("validation.num_samples=24", "validation.score_share=0"),
 )
 
@@ -83,12 +83,12 @@ def real_phases(out: Path, videos: Path | None) -> list[Phase]:
         *prepare,
         train(
             *("real, single frames", "proof_vae_images", images, *data, *REAL, still),
-            *("train.steps=240", "train.val_every=60"),
+            *("train.steps=480", "train.val_every=120"),
         ),
         train(
             *("real, 5 frames", "proof_vae_short", out / "real", *data, *REAL, moving),
-            *("train.steps=160", "train.val_every=40", "train.sample_every=160"),
-            *("validation.num_videos=4", f"init_from={images}"),
+            *("train.steps=320", "train.val_every=80", "train.sample_every=320"),
+            *("validation.num_videos=8", f"init_from={images}"),
         ),
     ]
 
