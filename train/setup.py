@@ -83,7 +83,7 @@ def check(config: VAERun | DiTRun) -> Prepared:
     """Read what the run will need; ValueError, alike on every rank, for what cannot work."""
     require(bool(config.output_dir.strip()), "output_dir is empty: name a folder")
     folder = Path(config.output_dir).absolute()
-    require(folder.is_dir() or not folder.exists(), f"output_dir={folder} is not a folder")
+    require(not folder.exists() or folder.is_dir(), f"output_dir={folder} is not a folder")
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_folder(config, folder)
     _check_latents(config)
