@@ -12,15 +12,13 @@ from torch import nn
 from longtake.data.plan import Plan, rank_slots
 from longtake.launch.compose import as_json
 from longtake.models.discriminator import Discriminator
-from longtake.models.dit import DiT
-from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.train.config import check_world_size
-from longtake.train.dit_task import TextToVideo
 from longtake.train.engine import EngineConfig
 from longtake.train.lora import add_adapters
+from longtake.train.optim import freeze
 from longtake.train.schema import DiTRun, VAERun
-from longtake.train.vae_task import freeze
+from longtake.train.text_to_video import TextToVideo
 
 NUM_STEPS = 3  # whose plan is shown
 
@@ -92,8 +90,7 @@ def networks(config: VAERun | DiTRun) -> list[Network]:
             if config.loss.adversarial.weight > 0:
                 built["discriminator"] = Discriminator(config.discriminator.network)
         else:
-            text = TextEncoder(config.text) if config.text.kind == "bytes" else None
-            whole = TextToVideo(DiT(config.model), text, config.text.max_length)
+            whole = TextToVideo.from_config(config)
             if config.lora is not None:
                 add_adapters(whole, config.lora)
             built |= dict(whole.named_children())

@@ -248,7 +248,8 @@ class DiT(nn.Module):
                 raise ValueError("DiT needs t (B,), or levels (B, K) with level_index (B, N)")
             levels, level_index = t[:, None], None
         is_pack = not isinstance(latents, Tensor)
-        if budget if not is_pack else extra or level_index is not None:
+        of_other_form = (extra or level_index is not None) if is_pack else budget
+        if of_other_form:
             raise ValueError("budget is for packs, whose videos bring level_index and extra along")
         if extra or budget or (is_pack and any(video.extra for video in latents)):
             clean = torch.zeros_like(levels[:, 0]) if extra_t is None else extra_t

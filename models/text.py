@@ -125,6 +125,12 @@ class TextEncoder(nn.Module):
         embeds = embeds * mask[..., None]
         return nn.functional.pad(embeds, (0, 0, 0, limit - longest)), lens
 
+    @torch.no_grad()
+    def rows(self, ids: Sequence[Tensor]) -> list[Tensor]:
+        """Embeddings (L, D) of each caption on the CPU, without padding: what a cache holds."""
+        embeds, lens = self(ids)
+        return [row[:length].cpu() for row, length in zip(embeds, lens.tolist(), strict=True)]
+
 
 def embed_dim(config: TextConfig) -> int:
     """Width of the embeddings, known without loading the encoder."""

@@ -6,11 +6,10 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longtake.train.run_folder import FAILED, RUNNING, read_marker
+from longtake.train.run_folder import FAILED, RUNNING, read_marker, write_json
 
 RECORD, HEARTBEAT = "run.json", "heartbeat"
 BEAT_SIZE = 100  # bytes, written in place: a reader never sees half of two
@@ -37,7 +36,7 @@ class Attempts:
                 f"{folder}/FAILED and {folder}/hangs; when the cause is gone, resume=force goes on"
             )
         self._record["attempts"] += 1
-        write_record(folder, self._record)
+        write_json(folder / RECORD, self._record)
         self._earlier = self._record["seconds"]
         self._since = time.time()
         flags = os.O_RDWR | os.O_CREAT
@@ -69,7 +68,7 @@ class Attempts:
     def seconds(self) -> float:
         """That the run was up in all attempts; in one that was killed, until its last row."""
         self._record["seconds"] = self._earlier + time.time() - self._since
-        write_record(self.folder, self._record)
+        write_json(self.folder / RECORD, self._record)
         return self._record["seconds"]
 
     def since_first_start(self) -> float:
@@ -87,10 +86,3 @@ def read_record(folder: Path) -> dict[str, Any]:
     new |= {"started": now, "seconds": 0.0, "deaths": []}
     path = folder / RECORD
     return new | json.loads(path.read_text(encoding="utf-8")) if path.exists() else new
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write run.json, whole or not at all."""
-    scratch = folder / f"{RECORD}.tmp"
-    scratch.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(scratch, folder / RECORD)

@@ -82,12 +82,8 @@ class CaptionRows:
     def _finish(self, rows: list[Tensor]) -> list[Tensor]:
         return rows if self._is_cached else self._encode(rows)
 
-    @torch.no_grad()
     def _encode(self, ids: list[Tensor]) -> list[Tensor]:
-        if self.config.text.kind == "bytes":
-            return ids
-        embeds, lens = self.frozen(ids)
-        return [row[: int(length)] for row, length in zip(embeds, lens, strict=True)]
+        return ids if self.config.text.kind == "bytes" else self.frozen.rows(ids)
 
 
 def join_words(row: Tensor, numbers: Mapping[str, float], tokenizer: Tokenizer) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from longtake.train.run_folder import write_json
 
 SCHEMA = 2
 # Below this distance between ceiling and chance a normalised score would be noise divided by noise.
@@ -208,9 +209,7 @@ def write_card(card: Card, path: Path) -> None:
         "left_out": card.left_out,
         "about": card.about,
     }
-    scratch = path.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json(path, tree)
 
 
 def read_card(path: Path) -> Card:

@@ -3,9 +3,7 @@ missing."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from longtake.train.run_folder import write_json
 
 SCHEMA = 1
 # Columns of clips.parquet and what they hold, for people: NAME for what was drawn, and NAME with an
@@ -94,9 +94,7 @@ def write_clips_card(card: ClipsCard, path: Path) -> None:
         "not_measured": card.not_measured,
         "about": card.about,
     }
-    scratch = path.with_suffix(".json.tmp")
-    scratch.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json(path, tree, allow_nan=False)
 
 
 def print_clips_card(card: ClipsCard, console: Console | None = None) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from longtake.data.loader import Batch
-from longtake.data.randomness import derive_seed, generator
+from longtake.data.randomness import derive_seed
 from longtake.models.sampler import Given, sample
 from longtake.train.engine import Engine
 from longtake.train.given import masks_of
+from longtake.train.painter import noise_for
 from longtake.train.playback import to_frames
 from longtake.train.tasks import Drawing
 
@@ -63,7 +64,7 @@ def _draw(
     settings, encode = task.config.samples, task.module.encode
     seeds = [derive_seed(settings.seed, number) for number in numbers]
     size = (task.config.model.in_channels, *shape)
-    noise = [torch.randn(size, generator=generator(seed, "noise")) for seed in seeds]
+    noise = [noise_for(seed, size) for seed in seeds]
     negative = task.captions.of_texts([settings.negative_prompt]) * len(rows)
     with engine.autocast():
         latents = sample(

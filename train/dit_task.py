@@ -14,7 +14,6 @@ from longtake.data.plan import PlannedSample
 from longtake.data.randomness import uniform
 from longtake.models.conditioning import noise_levels, num_noisy_tokens
 from longtake.models.cost import forward_flops
-from longtake.models.dit import DiT
 from longtake.models.flow import (
     Prediction,
     add_noise,
@@ -22,13 +21,11 @@ from longtake.models.flow import (
     min_snr_weight,
     sample_timesteps,
 )
-from longtake.models.text import TextEncoder
 from longtake.train.caption_rows import CaptionRows
 from longtake.train.codec import Codec
 from longtake.train.dit_drawing import draw_samples
 from longtake.train.engine import Engine
 from longtake.train.given import Conditions, Drawn, masks_of
-from longtake.train.optim import freeze
 from longtake.train.painter import Painter
 from longtake.train.runs import LoadedDiT, RunPlace
 from longtake.train.schema import DiTRun
@@ -61,9 +58,7 @@ class DiTTask:
         self.adversary = None
         self.captions = CaptionRows(config, device)
         self.conditions = Conditions(config, codec)
-        text = TextEncoder(config.text) if config.text.kind == "bytes" else None
-        self.module = TextToVideo(DiT(config.model), text, config.text.max_length)
-        freeze(self.module, config.freeze)
+        self.module = TextToVideo.from_config(config)
         self.module.dit.set_checkpointing(config.speed.checkpointing)
         if config.speed.compile:
             self.module.dit.compile_blocks()

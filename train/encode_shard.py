@@ -40,14 +40,10 @@ class EncodedText:
             text = replace(text, encoder=TextEncoder(config).to(device).eval())
         return text
 
-    @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         """(L,) ids or (L, D) embeddings of each caption, without padding."""
         ids = self.tokenizer(captions)
-        if self.encoder is None:
-            return ids
-        embeds, lens = self.encoder(ids)
-        return [row[:length].cpu() for row, length in zip(embeds, lens.tolist(), strict=True)]
+        return ids if self.encoder is None else self.encoder.rows(ids)
 
 
 class ShardEncoder:

@@ -12,9 +12,9 @@ from torch import Tensor
 from longtake.models.interop import dit_from_pretrained, vae_from_pretrained
 from longtake.models.vae import VAE
 from longtake.train import checkpoint
-from longtake.train.dit_task import TextToVideo
 from longtake.train.optim import is_like, named_like
 from longtake.train.runs import find_run, read_run_config, read_weights
+from longtake.train.text_to_video import TextToVideo
 
 
 def start_from(module: VAE | TextToVideo, place: str, patterns: Sequence[str] = ()) -> str:

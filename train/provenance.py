@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import platform
 import subprocess
@@ -18,6 +17,7 @@ import torch
 
 from longtake.data.plan import Plan
 from longtake.train.ranks import Ranks
+from longtake.train.run_folder import write_json
 from longtake.train.tracking import redact
 
 FOLDER = "provenance"
@@ -45,7 +45,7 @@ def write_provenance(
     }
     path = folder / FOLDER / f"attempt-{attempt:04d}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(redact(facts), indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(path, redact(facts))
 
 
 @functools.cache

@@ -54,10 +54,14 @@ def check_replaceable(folder: Path, proof: str) -> None:
         raise ValueError(f"{folder}: exists and holds no {proof} to replace; name another folder")
 
 
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write a JSON file that is never seen half written, whoever else writes it."""
+def write_json(path: Path, tree: Mapping[str, Any], *, allow_nan: bool = True) -> None:
+    """Write a JSON file that is never seen half written, whoever else writes it.
+
+    ValueError for a value that is not finite, unless allowed.
+    """
     scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    scratch.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(tree, indent=1, allow_nan=allow_nan) + "\n"
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,28 +50,25 @@ class StepTimes:
     def start(self) -> None:
         """Count from here on."""
         self._since = time.perf_counter()
-        self._paused = self._data = self._others = 0.0
+        self._spent = {"paused": 0.0, "data": 0.0, "others": 0.0}
         self._steps = 0
         self._work = Work()
 
-    @contextmanager
-    def pausing(self) -> Iterator[None]:
+    def pausing(self) -> AbstractContextManager[None]:
         """Time spent in here (validation, samples, checkpoints) is not training."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
+        return self._spending("paused")
+
+    def waiting_for_data(self) -> AbstractContextManager[None]:
+        return self._spending("data")
+
+    def waiting_for_others(self) -> AbstractContextManager[None]:
+        return self._spending("others")
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def _spending(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._data += time.perf_counter() - start
-
-    @contextmanager
-    def waiting_for_others(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._others += time.perf_counter() - start
+        self._spent[name] += time.perf_counter() - start
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -86,11 +83,12 @@ class StepTimes:
 
     def read(self) -> tuple[dict[str, float], dict[str, list[float]]]:
         """What belongs into the log row, and seconds per step by rank; all ranks together."""
-        seconds = max(time.perf_counter() - self._since - self._paused, 1e-9)
+        paused, data, others = self._spent.values()
+        seconds = max(time.perf_counter() - self._since - paused, 1e-9)
         steps = max(self._steps, 1)
         own = self._work_clock.read()
-        rest = seconds - self._data - self._others - own
-        mine = [seconds, self._data, self._others, own, rest, host_memory(), self._gpu_memory()]
+        rest = seconds - data - others - own
+        mine = [seconds, data, others, own, rest, host_memory(), self._gpu_memory()]
         columns = list(zip(*self.ranks.gather(mine), strict=True))
         by_rank = {
             name: [each / steps for each in column]
@@ -98,7 +96,7 @@ class StepTimes:
                 ("step", "data", "others", "own", "rest"), columns, strict=False
             )
         }
-        busy = [data + own for data, own in zip(by_rank["data"], by_rank["own"], strict=True)]
+        busy = [sum(both) for both in zip(by_rank["data"], by_rank["own"], strict=True)]
         self.useful += max(columns[0]) - max(columns[1])
         row = {
             "seconds_per_step": seconds / steps,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from longtake.models.dit import DiT
 from longtake.models.sampler import TextInput
 from longtake.models.text import TextEncoder
+from longtake.train.optim import freeze
+from longtake.train.schema import DiTRun
 
 
 class TextToVideo(nn.Module):
@@ -24,6 +26,14 @@ class TextToVideo(nn.Module):
         self.dit = dit
         self.text = text
         self.max_length = max_length
+
+    @classmethod
+    def from_config(cls, config: DiTRun) -> TextToVideo:
+        """Fresh weights, what config.freeze names not to be trained; errors as of `freeze`."""
+        text = TextEncoder(config.text) if config.text.kind == "bytes" else None
+        module = cls(DiT(config.model), text, config.text.max_length)
+        freeze(module, config.freeze)
+        return module
 
     def encode(self, rows: Sequence[Tensor]) -> TextInput:
         """Embeddings (B, max_length, D), zero after each row's end, and their lengths."""

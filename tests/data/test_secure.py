@@ -15,6 +15,7 @@ from longtake.data.catalogue import index_shards, load_catalogue, open_manifest,
 from longtake.data.catalogue.verify import verify_shards
 from longtake.data.shards import ShardError, scan_shard
 from tests.data.toy import toy_meta, toy_video
+from tests.planted import live_pickle
 
 LIVE = ("pyd", "pkl", "pickle", "pth", "pt", "npy", "npz", "so", "py", "cbor", "mp", "ten")
 PIPES = ("pipe:touch {proof}", "PIPE:touch {proof}", "pipe://touch {proof}", "exec:touch {proof}")
@@ -26,38 +27,28 @@ def proof(tmp_path: Path) -> Path:
     return tmp_path / "executed"
 
 
-def bomb(proof: Path) -> bytes:
-    """A live pickle."""
-
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {proof}",)
-
-    return pickle.dumps(Bomb())
-
-
 def plant(folder: Path, proof: Path) -> Path:
     """Good samples among members that webdataset's decoder would load, and fields that tell
     programs to run something."""
     command = PIPES[0].format(proof=proof)
     facts = dict.fromkeys(("url", "source_id", "licence", "split", "family", "__url__"), command)
     members = {
-        **{f"a.{ext}": bomb(proof) for ext in LIVE},
+        **{f"a.{ext}": live_pickle(proof) for ext in LIVE},
         "a.mp4": toy_video(0),
         "a.json": toy_meta(0, **facts, scores={command: 1.0}, truth={"load": command}),
         "b.mp4": command.encode(),
         "b.json": toy_meta(0),
-        "c.png": bomb(proof),
+        "c.png": live_pickle(proof),
         "c.txt": b"text",
         "d.mp4": toy_video(1),
         "d.txt": command.encode(),
-        "e.safetensors": bomb(proof),
+        "e.safetensors": live_pickle(proof),
         "e.json": toy_meta(0, frames=9, height=32, width=32, fps=8),
         "f.mp4": b"#EXTM3U\n#EXTINF:1,\n" + command.encode(),
-        "f.json": bomb(proof),
+        "f.json": live_pickle(proof),
         "pipe:touch " + proof.name + ".mp4": toy_video(2),
         "pipe:touch " + proof.name + ".txt": b"text",
-        "__pycache__/x.pyc": bomb(proof),
+        "__pycache__/x.pyc": live_pickle(proof),
     }
     folder.mkdir()
     with tarfile.open(folder / "x.tar", "w") as tar:
@@ -83,7 +74,7 @@ def test_index_and_verify_execute_nothing(tmp_path: Path, proof: Path) -> None:
     keys = read_parts(manifest, ["x.tar"], ["key"])["key"].to_pylist()
     assert keys == ["a", "d", "pipe:touch executed"]
     assert not proof.exists() and not Path(proof.name).exists()
-    pickle.loads(bomb(proof))
+    pickle.loads(live_pickle(proof))
     assert proof.exists(), "the bomb must be live for this test to mean anything"
 
 

@@ -1,5 +1,6 @@
 import io
 import os
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from longtake.data.shards import (
     list_shards,
     scan_shard,
 )
+from tests.planted import live_pickle
 
 
 def _write(folder: Path, count: int, max_samples: int = 500, max_bytes: int = 2**28) -> list[Path]:
@@ -240,15 +242,8 @@ def test_damaged_bytes_never_crash_the_scan(tmp_path: Path, flips: list[tuple[in
 
 def test_planted_pickles_and_libraries_are_never_executed(tmp_path: Path) -> None:
     """Index and scan a tar with members that webdataset's decoder would run."""
-    import pickle
-
     proof = tmp_path / "executed"
-
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {proof}",)
-
-    bomb = pickle.dumps(Bomb())
+    bomb = live_pickle(proof)
     shards = tmp_path / "shards"
     shards.mkdir()
     members = [(f"a.{ext}", bomb) for ext in ("pyd", "pickle", "pkl", "pth", "pt", "npy")]

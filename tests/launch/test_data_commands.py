@@ -9,7 +9,8 @@ import pytest
 from longtake.data.decode import encode_image
 from longtake.data.shards import ShardWriter, scan_shard
 from longtake.launch import cli
-from longtake.launch.dry_run import Network, state_bytes
+from longtake.launch.compose import compose
+from longtake.launch.dry_run import Network, networks, state_bytes
 from longtake.train.engine import EngineConfig
 
 WORLD = ("--families", "move,leftright", "--frames", "5", "--size", "16x16", "--workers", "1")
@@ -152,6 +153,13 @@ def test_dry_run_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads(out)
     assert (config["stage"], config["train"]["steps"]) == ("vae", 7)
     assert "no plan, the run would end here" in err and "vae: " in err
+
+
+def test_dry_run_knows_what_is_frozen() -> None:
+    vae = networks(compose(["stage=vae", 'freeze=["encoder.*"]']))
+    dit = networks(compose(["stage=dit", 'freeze=["dit.blocks.*"]']))
+    for network in (vae[0], dit[0]):
+        assert 0 < network.num_trainable < network.num_parameters
 
 
 def test_dry_run_counts_what_each_rank_holds() -> None:

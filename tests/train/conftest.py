@@ -1,4 +1,4 @@
-"""The small road, built once: pixel shards, a VAE, its latents, a DiT on them."""
+"""Shards for a module, and the small road, built once: pixel shards, a VAE, latents, a DiT."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from longtake.train.encode import encode_shards
 from longtake.train.encode_plan import EncodeOptions
 
 from .small_runs import DIT_SIZES, write_dit_run, write_vae_run, write_world
+from .tiny_runs import write_clips
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Road:
 
 def small_text() -> EncodeOptions:
     return EncodeOptions(compose_dit(["stage=dit", *DIT_SIZES]).text, batch_size=4, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pixel shards of a few clips, `train` and `val`, made for each module that asks."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_clips(folder / "train", 16)
+    write_clips(folder / "val", 4, "val")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from tests.train.tiny_runs import (
     train_here,
     train_on_rank,
     tree,
-    write_clips,
 )
 
 GAN = (
@@ -31,14 +30,6 @@ GAN = (
     *("discriminator.r1=1.0", "discriminator.lecam=0.1", "engine.precision=fp32"),
     "optim.schedule=constant",  # a shorter run is then the beginning of a longer one
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
 
 
 def config_of(shards: Path, *more: str) -> VAERun:

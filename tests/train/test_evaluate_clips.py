@@ -16,13 +16,14 @@ from longtake.data.plan.val_plan import ValPlan
 from longtake.train.clips_card import Measure, TaskScores, print_clips_card
 from longtake.train.codec import load_codec
 from longtake.train.config import load_config
-from longtake.train.dit_task import DiTTask, TextToVideo
+from longtake.train.dit_task import DiTTask
 from longtake.train.engine import Engine
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips, memorised
 from longtake.train.fidelity import PSNR_CAP
 from longtake.train.painter import Painter
 from longtake.train.playback import read_footage_file
 from longtake.train.runs import load_dit
+from longtake.train.text_to_video import TextToVideo
 
 from .conftest import Road
 from .metric_weights import save_clip_model, save_detector

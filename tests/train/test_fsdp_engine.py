@@ -5,9 +5,9 @@ from torch.distributed.tensor import DTensor
 
 from longtake.models.dit import DiT, DiTConfig
 from longtake.models.text import TextConfig, TextEncoder
-from longtake.train.dit_task import TextToVideo
 from longtake.train.engine import Ranks
 from longtake.train.fsdp_engine import units_of
+from longtake.train.text_to_video import TextToVideo
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
 

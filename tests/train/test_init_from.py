@@ -12,10 +12,10 @@ from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.models.vae_config import VAEConfig
 from longtake.train import checkpoint
-from longtake.train.dit_task import TextToVideo
 from longtake.train.init_from import start_from
 from longtake.train.runs import load_dit
 from longtake.train.schema import DiTRun
+from longtake.train.text_to_video import TextToVideo
 from tests.train.small_runs import shake, write_dit_run
 
 BLOCKS = ["dit.blocks.*"]

@@ -16,11 +16,11 @@ from longtake.models.dit import DiT
 from longtake.models.interop import dit_to_diffusers
 from longtake.models.text import TextEncoder
 from longtake.train import checkpoint
-from longtake.train.dit_task import TextToVideo
 from longtake.train.export import export_adapters
 from longtake.train.lora import add_adapters, split_adapters
 from longtake.train.runs import find_run, load_dit, read_tensors
 from longtake.train.schema import LoraConfig
+from longtake.train.text_to_video import TextToVideo
 from tests.train.small_runs import DIT_SIZES, shake, write_dit_run
 from tests.train.tiny_runs import options, train_here, write_clips
 

@@ -13,17 +13,9 @@ from longtake.train.muon import MOMENTUM, RMS, MuonAdamW, orthogonal
 from longtake.train.optim import build_adamw, create_state, muon_groups
 from tests.train.forked import run_ranks
 from tests.train.tiny import OPTIM, Tiny
-from tests.train.tiny_runs import losses, options, train_here, train_on_rank, tree, write_clips
+from tests.train.tiny_runs import losses, options, train_here, train_on_rank, tree
 
 MUON = 'optim.muon=["dit.blocks.*"]', "optim.schedule=constant", "engine.precision=fp32"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])

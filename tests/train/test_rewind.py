@@ -15,7 +15,7 @@ from longtake.train.run_folder import read_marker
 from longtake.train.tasks import LossSum
 from longtake.train.vae_task import VAETask
 from tests.train.forked import run_ranks
-from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, train_on_rank, write_clips
+from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, train_on_rank
 
 SETTINGS = (
     *("train.steps=24", "optim.schedule=constant", "data.max_bad_fraction=0.9"),
@@ -27,14 +27,6 @@ STATE = {
     *("step", "samples_seen", "data_hash", "losses", "exclusions", "spikes", "adversary", "plan"),
     "useful_seconds",
 }
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
 
 
 def settings(shards: Path, folder: Path, *more: str) -> list[str]:

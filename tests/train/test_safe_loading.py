@@ -1,7 +1,6 @@
 """Pickles planted wherever weights and latents are read from are never executed."""
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from longtake.train import checkpoint
 from longtake.train.checkpoint import find_last_good, load_full, load_into, save
 from longtake.train.engine import single_process
 from longtake.train.range_files import sha256_of
+from tests.planted import live_pickle
 from tests.train import tiny
 
 
@@ -27,13 +27,7 @@ def proof(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bomb(proof: Path) -> bytes:
-    """A live pickle."""
-
-    class Bomb:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {proof}",)
-
-    return pickle.dumps(Bomb())
+    return live_pickle(proof)
 
 
 def in_zip(bomb: bytes, path: Path) -> None:

@@ -19,19 +19,11 @@ from longtake.train.schema import DiTRun, VAERun
 from longtake.train.tasks import Means
 from longtake.train.text_to_video import pad_embeddings
 from longtake.train.vae_task import VAETask
-from tests.train.tiny_runs import TINY_VAE, options, tree, write_clips
+from tests.train.tiny_runs import TINY_VAE, options, tree
 
 TOKENS = 5 * 4 * 4  # 5 frames of 16x16 in patches of (1, 4, 4)
 CPU = torch.device("cpu")
 Network = Callable[[Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
 
 
 def dit_task(shards: Path, *more: str) -> DiTTask:

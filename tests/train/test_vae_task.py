@@ -17,15 +17,7 @@ from longtake.train.schema import VAERun
 from longtake.train.tasks import Means
 from longtake.train.vae_task import VAETask
 from tests.train.metric_weights import save_perceptual
-from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, tree, write_clips
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
+from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, tree
 
 
 def config_of(shards: Path, *more: str) -> VAERun:

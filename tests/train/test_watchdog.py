@@ -12,17 +12,9 @@ from longtake.train.ranks import Ranks
 from longtake.train.run_folder import read_marker
 from longtake.train.trainer import Agreed, Training
 from tests.train.forked import run_ranks
-from tests.train.tiny_runs import options, train_on_rank, write_clips
+from tests.train.tiny_runs import options, train_on_rank
 
 WATCHED = "train.hang_factor=3", "train.hang_seconds=3", "train.checkpoint_every=0"
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
 
 
 def hang_for_ever() -> NoReturn:

@@ -7,21 +7,13 @@ from typing import Any
 import pytest
 
 from tests.train.forked import import_before_fork, run_ranks
-from tests.train.tiny_runs import options, train_here, train_on_rank, write_clips
+from tests.train.tiny_runs import options, train_here, train_on_rank
 
 EVALUATION = (
     *("train.steps=2", "train.val_every=0", "train.sample_every=0", "train.checkpoint_every=0"),
     *("evaluation.every=1", "evaluation.families=[move,leftright]", "evaluation.num_prompts=3"),
     *("evaluation.num_pairs=1", "evaluation.batch_size=3", "samples.steps=2"),
 )
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
