@@ -4,35 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from longtake.train.engine import Engine
 from longtake.train.strategy import StateRange, StateReader
 
 
+@dataclass(frozen=True)
+class EmaConfig:
+    """What the mean remembers: a fixed number of steps, or a fixed share of the training so far."""
+
+    decay: float  # reached as min(decay, (1 + step) / (10 + step))
+    sigma_rel: float | None = None  # width of a power function in shares of the run; then no decay
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"ema.decay={self.decay} must lie in [0, 1)")
+        if self.sigma_rel is not None and not 0.0 < self.sigma_rel < 12**-0.5:
+            raise ValueError(
+                f"ema.sigma_rel={self.sigma_rel} must lie in (0, 0.288), such as 0.1; null takes "
+                "ema.decay"
+            )
+
+    @property
+    def exponent(self) -> float:
+        """γ of the profile t^γ whose relative deviation is sigma_rel (EDM2, arXiv 2312.02696 §3.1).
+
+        σ² = (γ + 1) / ((γ + 2)² (γ + 3)) is a cubic in γ.
+        """
+        assert self.sigma_rel is not None
+        inverse = self.sigma_rel**-2
+        return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
+
+    def decay_at(self, step: int) -> float:
+        """What the mean keeps of itself at optimizer step `step` (from 1).
+
+        A decay grows slowly, so that the first weights, which are noise, are forgotten early (the
+        schedule of TensorFlow's ExponentialMovingAverage). A power function's is (1 − 1/t)^(γ+1).
+        """
+        if self.sigma_rel is None:
+            return min(self.decay, (1.0 + step) / (10.0 + step))
+        return (1.0 - 1.0 / step) ** (self.exponent + 1.0)
+
+
 class Ema:
     """Running mean of the parameters: each rank keeps the mean of the ranges it owns."""
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        """Starts at the engine's present parameters; decay lies in [0, 1)."""
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ema.decay={decay} must lie in [0, 1)")
-        self.decay = decay
+    def __init__(self, engine: Engine, config: EmaConfig) -> None:
+        """Starts at the engine's present parameters."""
+        self.config = config
         self.is_swapped = False
         self.parameters = trainable_ranges(engine)
         self.means = [owned.tensor.detach().clone() for owned in self.parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes the parameters after optimizer step `step` (from 1) into the mean.
-
-        The decay grows as min(decay, (1 + step) / (10 + step)), so that the first weights, which
-        are noise, are forgotten early (the schedule of TensorFlow's ExponentialMovingAverage).
-        """
+        """Takes the parameters after optimizer step `step` (from 1) into the mean."""
         assert not self.is_swapped, "the module holds the mean itself"
-        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        weight = 1.0 - self.config.decay_at(step)
         if self.means:
             torch._foreach_lerp_(self.means, [owned.tensor for owned in self.parameters], weight)
 

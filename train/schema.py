@@ -18,6 +18,7 @@ from longtake.models.sampler import SamplerConfig
 from longtake.models.text import TextConfig
 from longtake.models.vae_config import VAEConfig
 from longtake.train.checks import choice, require
+from longtake.train.ema import EmaConfig
 from longtake.train.engine import EngineConfig
 from longtake.train.optim import OptimConfig
 from longtake.train.vae_schema import AdversaryConfig, VAELossConfig
@@ -72,16 +73,6 @@ class TrainConfig:
         for name in ("cost_per_hour", "peak_tflops"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be >= 0")
         choice("train.device", self.device, ("auto", "cpu", "cuda"))
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """Running mean of the weights: decay is reached as min(decay, (1 + step) / (10 + step))."""
-
-    decay: float
-
-    def __post_init__(self) -> None:
-        require(0.0 <= self.decay < 1.0, f"ema.decay={self.decay} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     if isinstance(config, DiTRun) and config.lora is not None:
         add_adapters(task.module, config.lora)
     engine = Engine(task.module, config.optim, config.engine, ranks)
-    ema = Ema(engine, config.ema.decay)
+    ema = Ema(engine, config.ema)
     state = FRESH if last is None else _resume(prepared, last, engine, ema, task.adversary)
     log = folder / QUARANTINE if ranks.is_main else None
     quarantine = Quarantine(log, config.data.max_bad_fraction, plan.num_samples)

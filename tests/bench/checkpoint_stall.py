@@ -18,7 +18,7 @@ from torch import nn
 
 from longtake.train.checkpoint import save
 from longtake.train.checkpoint_writer import BackgroundWriter, Keep
-from longtake.train.ema import Ema
+from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import Engine, EngineConfig, single_process
 from longtake.train.runs import pick_device
 from tests.train.tiny import OPTIM
@@ -43,7 +43,7 @@ def main() -> None:
     layers = max(1, round(args.parameters * 1e6 / WIDTH**2))
     module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
     engine = Engine(module, OPTIM, EngineConfig("ddp", 0, "fp32", "none"), ranks)
-    ema = Ema(engine, 0.9)
+    ema = Ema(engine, EmaConfig(0.9))
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     writer = BackgroundWriter(folder / "background", ranks, Keep(1, 0))
     other = folder / "blocking"

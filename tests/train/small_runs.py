@@ -94,7 +94,7 @@ def write_dit_run(folder: Path, latents: Path, *overrides: str) -> Path:
 
 def save_run(folder: Path, module: torch.nn.Module, config: VAERun | DiTRun) -> Path:
     engine = Engine(module, config.optim, config.engine, single_process())
-    ema = Ema(engine, config.ema.decay)
+    ema = Ema(engine, config.ema)
     shake(module)
     state = {"step": 1, "samples_seen": 4, "exclusions": [], "plan": ""}
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from longtake.train import checkpoint, range_files
 from longtake.train.checkpoint import CheckpointError, find_last_good, load_full, load_into, save
 from longtake.train.checkpoint_writer import BackgroundWriter, Keep
-from longtake.train.ema import Ema
+from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
@@ -30,7 +30,7 @@ def slow_imports() -> None:
 
 def make(ranks: Ranks) -> tuple[Engine, Ema]:
     engine = tiny.build(ranks, "ddp")
-    return engine, Ema(engine, 0.9)
+    return engine, Ema(engine, EmaConfig(0.9))
 
 
 def save_steps(folder: Path, steps: range, *, keep_last: int = 0) -> tuple[Engine, Ema]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from longtake.train.checkpoint import load_into, save
-from longtake.train.ema import Ema
+from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import Engine, EngineConfig, Ranks
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
@@ -33,7 +33,7 @@ def slow_imports() -> None:
 
 def make(ranks: Ranks, name: str) -> tuple[Engine, Ema]:
     engine = tiny.build(ranks, *STRATEGIES[name])
-    return engine, Ema(engine, 0.9)
+    return engine, Ema(engine, EmaConfig(0.9))
 
 
 def write_all(ranks: Ranks, folder: str, steps: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def large(ranks: Ranks, name: str) -> tuple[Engine, Ema]:
     engine = Engine(module, tiny.OPTIM, EngineConfig(*STRATEGIES[name], "fp32", "none"), ranks)
     engine.backward(engine(torch.ones(1, WIDTH)).sum(), last=True)
     engine.clip_and_step(1e-3, 0.0)
-    return engine, Ema(engine, 0.9)
+    return engine, Ema(engine, EmaConfig(0.9))
 
 
 def anonymous_memory() -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from longtake.train.disk import zeros_on_disk
-from longtake.train.ema import Ema
+from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
@@ -58,7 +58,7 @@ def train_all(ranks: Ranks, precision: str, steps: int = 5, lr: float = 1e-2) ->
     results = {}
     for strategy, stage in STRATEGIES:
         engine = tiny.build(ranks, strategy, stage, precision)
-        ema = Ema(engine, 0.9)
+        ema = Ema(engine, EmaConfig(0.9))
         history = tiny.train(engine, range(steps), ema=ema, lr=lr)
         with torch.no_grad(), ema.swapped(engine):
             mean_output = engine(torch.ones(1, 7)).float().sum().item()

@@ -1,11 +1,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from longtake.train.ema import Ema
+from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import single_process
 from longtake.train.optim import OptimConfig, build_adamw, lr_at, parameter_groups
 from tests.train import tiny
@@ -89,7 +90,7 @@ def test_nothing_to_train_is_an_error() -> None:
 
 def test_the_mean_follows_its_formula_and_swaps_in_and_out() -> None:
     engine = tiny.build(single_process(), "ddp")
-    ema = Ema(engine, 0.8)
+    ema = Ema(engine, EmaConfig(0.8))
     weight = engine.module.get_parameter("first.weight")
     mean = weight.detach().clone()
     for step in range(12):
@@ -108,13 +109,31 @@ def test_the_mean_follows_its_formula_and_swaps_in_and_out() -> None:
 def test_after_an_error_nothing_is_swapped_back_or_saved() -> None:
     """Swapping back is a collective under ZeRO: a rank that raised must not wait for the others."""
     engine = tiny.build(single_process(), "ddp")
-    ema = Ema(engine, 0.5)
+    ema = Ema(engine, EmaConfig(0.5))
     with pytest.raises(ZeroDivisionError), ema.swapped(engine):
         math.fmod(1 // 0, 1)
     with pytest.raises(AssertionError, match="the mean is in the module"):
         list(ema.owned_ranges())
 
 
-def test_the_decay_must_be_below_one() -> None:
-    with pytest.raises(ValueError, match=r"ema.decay=1.0 must lie in \[0, 1\)"):
-        Ema(tiny.build(single_process(), "ddp"), 1.0)
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.25])
+def test_a_power_function_remembers_its_share_of_the_training(sigma: float) -> None:
+    """The weights of the past steps have the relative deviation asked for, at any length."""
+    config = EmaConfig(0.9, sigma_rel=sigma)
+    for num_steps in (1000, 4000):
+        kept = [config.decay_at(step) for step in range(1, num_steps + 1)]
+        after = np.cumprod([1.0, *kept[:0:-1]])[::-1]  # what is left of step t at the end
+        weights = (1.0 - np.array(kept)) * after
+        times = np.arange(1, num_steps + 1) / num_steps
+        mean = (weights * times).sum()
+        assert weights.sum() == pytest.approx(1.0)
+        assert ((weights * (times - mean) ** 2).sum() ** 0.5) == pytest.approx(sigma, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [((1.0,), r"ema.decay=1.0 must lie in \[0, 1\)"), ((0.9, 0.3), "ema.sigma_rel=0.3 must lie")],
+)
+def test_a_memory_that_cannot_be_is_refused(values: tuple[float, ...], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        EmaConfig(*values)
