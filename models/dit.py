@@ -59,6 +59,7 @@ class DiTConfig:
     freq_dim: int = 256
     cross_attn_norm: bool = True
     eps: float = 1e-6
+    absolute_positions: bool = False  # Wan has none; see DiT.forward
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -262,6 +263,10 @@ class DiT(nn.Module):
             sequence = self.sequencer.batch(latents, levels.shape[1], level_index, extra)
         time, modulation = self._modulation(levels)
         x = self.patch_embed(sequence.patches)  # (B, N, D)
+        if self.config.absolute_positions:
+            # Rotary angles only compare tokens. Where content is noise, nothing says which stands
+            # left or first, so their sines and cosines are added, as DiT adds its own (§3.2).
+            x = x + torch.view_as_real(sequence.rope).flatten(1).to(x.dtype)
         for block in self.blocks:
             x = self._run(block, x, text, modulation, sequence.rows, sequence.rope, documents)
         shift, scale = time + self.modulation[:, None, None]  # each (B, K, D)

@@ -225,6 +225,10 @@ def _check_exportable(config: DiTRun) -> None:
         prediction == "velocity",
         f"prediction={prediction} must be velocity with export.required=true: {remedy}",
     )
+    require(
+        not config.model.absolute_positions,
+        f"model.absolute_positions=true must be false with export.required=true: {remedy}",
+    )
     for bucket in config.data.buckets:
         require(
             bucket.height % 16 == 0 and bucket.width % 16 == 0,

@@ -1,6 +1,7 @@
 """The DiT against diffusers: outputs, gradients, text padding, noise levels per token."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,22 @@ def test_wrong_configs_are_refused(change: dict, rule: str) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=rule):
         DiTConfig(**{**base, **change})
+
+
+def test_absolute_positions_tell_apart_what_is_alike() -> None:
+    """Of equal tokens all have one answer without them, and each its own with them."""
+    for has_positions in (False, True):
+        torch.manual_seed(0)
+        dit = DiT(replace(TINY, absolute_positions=has_positions))
+        randomise(dit)
+        latents = torch.ones(1, 4, 3, 4, 6)
+        answer = dit(latents, torch.ones(1), torch.zeros(1, 2, 10))
+        patches = answer.unflatten(3, (2, 2)).unflatten(5, (3, 2)).movedim(5, 4).flatten(5)
+        tokens = patches.movedim(1, 4).flatten(4).reshape(18, -1)
+        alike = torch.pdist(tokens) < 1e-4
+        assert not alike.any() if has_positions else alike.all()
+    with pytest.raises(ValueError, match="absolute_positions=true"):
+        dit_to_diffusers(dit)
 
 
 def test_wrong_grid_is_refused() -> None:
