@@ -18,6 +18,7 @@ from longtake.models.interop import (
     dit_state_from_diffusers,
     dit_to_diffusers,
 )
+from longtake.models.layers import patchify
 
 PEERS = {
     "two heads": {
@@ -228,9 +229,7 @@ def test_absolute_positions_tell_apart_what_is_alike() -> None:
         randomise(dit)
         latents = torch.ones(1, 4, 3, 4, 6)
         answer = dit(latents, torch.ones(1), torch.zeros(1, 2, 10))
-        patches = answer.unflatten(3, (2, 2)).unflatten(5, (3, 2)).movedim(5, 4).flatten(5)
-        tokens = patches.movedim(1, 4).flatten(4).reshape(18, -1)
-        alike = torch.pdist(tokens) < 1e-4
+        alike = torch.pdist(patchify(answer, TINY.patch_size)[0]) < 1e-4
         assert not alike.any() if has_positions else alike.all()
     with pytest.raises(ValueError, match="absolute_positions=true"):
         dit_to_diffusers(dit)
