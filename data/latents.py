@@ -43,7 +43,7 @@ class TextCache:
 class LatentManifest:
     """How a folder of latents was made. `mean` and `std` per channel; strides (T, H, W).
 
-    Every clip of more than one frame has the `segments`. `versions` names programs, and as
+    Every clip that is long enough has the `segments`. `versions` names programs, and as
     "vae_run" the way from the folder to the run of the VAE.
     """
 

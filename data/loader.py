@@ -18,7 +18,6 @@ from longtake.data.plan import Plan
 from longtake.data.plan.planned import Exclusion, MicroBatch, PlannedSample, excluded_at
 from longtake.data.plan.tables import SampleTable
 from longtake.data.reader import BadSample, Clip, SampleReader
-from longtake.data.segments import Segment
 from longtake.data.shards.storage import is_remote
 from longtake.data.transforms import to_float
 from longtake.data.workers import Ahead, Workers
@@ -72,22 +71,6 @@ class Batch:
             ValueError: the clips differ in shape, or hold pixels.
         """
         return _stack([clip.latents for clip in self.clips], "latents")
-
-    def stack_segment(self, name: str) -> Segment:
-        """A piece of every clip that was encoded alone, normalised: latents (B, C, P, H, W).
-
-        Raises:
-            ValueError: a clip has no such segment, or the clips differ in shape.
-        """
-        found = [clip.segments.get(name) for clip in self.clips]
-        for clip, segment in zip(self.clips, found, strict=True):
-            if segment is None:
-                raise ValueError(
-                    f"{clip.sample.key}: holds no segment {name!r}, which its task needs; run "
-                    f"`longtake encode … --segments {','.join((*clip.segments, name))}`"
-                )
-        latents = _stack([s.latents for s in found if s is not None], f"segment {name}")
-        return Segment(latents, self.clips[0].segments[name].places)
 
 
 def _stack(tensors: Sequence[Tensor | None], name: str) -> Tensor:

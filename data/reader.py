@@ -41,6 +41,20 @@ class Clip:
     truth: dict[str, Any] | None = None
     segments: dict[str, Segment] = field(default_factory=dict)
 
+    def segment(self, name: str) -> Segment:
+        """A piece that was encoded alone.
+
+        Raises:
+            ValueError: it is not stored.
+        """
+        if name not in self.segments:
+            everything = ",".join((*self.segments, name))
+            raise ValueError(
+                f"{self.sample.key}: holds no segment {name!r}, which its task needs; run "
+                f"`longtake encode … --segments {everything}`"
+            )
+        return self.segments[name]
+
 
 class SampleReader:
     """Reads planned samples of some tables. One for each process."""

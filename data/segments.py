@@ -15,11 +15,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Latents (C, P, H, W), of a batch (B, C, P, H, W), of a piece encoded alone, and the P latent
-    frames of the whole clip that they stand for."""
+    """Latents (C, P, H, W) of a piece encoded alone, and the P latent frames of the whole clip that
+    they stand for."""
 
     latents: Tensor
     places: tuple[int, ...]
+
+    def at(self, run: range) -> Tensor:
+        """(C, p, H, W) of these places."""
+        first = self.places.index(run.start)
+        return self.latents[:, first : first + len(run)]
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,21 @@ class SegmentSpec:
         return cls(name, int(match[2] or 1), match[1] == "every")
 
     def check(self, num_frames: int, stride: int) -> None:
-        """ValueError unless clips of `num_frames`, `stride` of them a latent, have the piece."""
+        """ValueError unless clips of up to `num_frames`, `stride` of them a latent, have the
+        piece."""
         rest = self.length % stride if self.is_stills else (self.length - 1) % stride
         if rest:
             rule = f"a multiple of {stride}" if self.is_stills else f"1 + {stride}·k"
             raise ValueError(f"segment {self.name}: {self.length} must be {rule}, for this VAE")
-        if self.length >= num_frames:
+        if not self.fits(num_frames):
             raise ValueError(
                 f"segment {self.name}: clips of {num_frames} frames have no such part; it must be "
                 f"less than {num_frames}"
             )
+
+    def fits(self, num_frames: int) -> bool:
+        """Whether clips of `num_frames` are long enough to have the piece."""
+        return self.length < num_frames
 
     def places(self, num_frames: int, stride: int) -> tuple[int, ...]:
         """The latent frames that the piece stands for: those that end with its frames."""

@@ -32,6 +32,7 @@ class Task:
     is_prefix: bool = False  # gives nothing but the beginning of a clip
     is_image: bool = False  # makes clips of one frame only
     is_frame: bool = False  # gives exactly one latent frame, so the patch must be one frame long
+    is_stills: bool = False  # gives frames that need no neighbours: images
 
 
 def _between(least: int, most: int, u: float) -> int:
@@ -69,21 +70,25 @@ TASKS = {
     "i2v": Task(lambda count, least, draw: (0,), lambda least: 2, is_prefix=True, is_frame=True),
     "extend_forward": Task(_front, lambda least: least + 1, is_prefix=True),
     "extend_backward": Task(_back, lambda least: least + 1),
-    "first_last": Task(lambda count, least, draw: (0, count - 1), lambda least: 3),
-    "in_between": Task(_every_kth, lambda least: 3),
+    "first_last": Task(lambda count, least, draw: (0, count - 1), lambda least: 3, is_stills=True),
+    "in_between": Task(_every_kth, lambda least: 3, is_stills=True),
     "join": Task(_both_ends, lambda least: 2 * least + 1),
-    "random_frames": Task(_random, lambda least: 2),
+    "random_frames": Task(_random, lambda least: 2, is_stills=True),
 }
 GIVES_NOTHING = frozenset(("t2v", "t2i"))
 
 
 @dataclass(frozen=True)
 class GivenFrames:
-    """Runs of latent frames that are given, in order, none touching the next.
+    """Runs of latent frames that are given, in order.
 
     Those `in_place` replace the noise. `segments` are encoded alone and appended as tokens with the
     places of these frames: a causal codec's latents behind the first run have seen what comes
-    before, which is to be generated.
+    before, which is to be generated. There the clip's own latents are noisy, and bear loss.
+
+    Frame f of a clip stands at latent frame f / s, s being the codec's stride in time, also where
+    it is encoded alone. So the segment of latent frames a … b shows the frames a·s … b·s; its first
+    latent is the first of these, an image.
     """
 
     in_place: tuple[range, ...] = ()
@@ -110,15 +115,21 @@ def given_frames(
     """What a task gives of a clip of `num_frames` latent frames, `patch` of which share a token.
 
     `is_causal` says that latents depend on those before them, as a VAE's do: then only the
-    beginning stays in place. ValueError for a clip that is too short, or too long for an image.
+    beginning stays in place; of other runs a cache must hold every length, so they are cut to the
+    last 2^i units, and stills are given one by one. ValueError for a clip that is too short, or too
+    long for an image.
     """
     if reason := unfit(task, num_frames, patch):
         raise ValueError(f"task {task}: {reason}")
     count, least = num_frames // patch, -(-2 // patch)
     units = sorted(TASKS[task].units(count, least, draw))
     runs = _runs(units, patch)
+    if not is_causal:
+        return GivenFrames(runs)
+    if TASKS[task].is_stills:
+        runs = tuple(range(unit * patch, (unit + 1) * patch) for unit in units)
     first = 1 if runs and runs[0].start == 0 else 0
-    return GivenFrames(runs[:first], runs[first:]) if is_causal else GivenFrames(runs)
+    return GivenFrames(runs[:first], tuple(_end(run, patch) for run in runs[first:]))
 
 
 def unfit(task: str, num_frames: int, patch: int = 1) -> str:
@@ -132,6 +143,11 @@ def unfit(task: str, num_frames: int, patch: int = 1) -> str:
     if not rule.is_image and num_frames < fewest:
         return f"it needs {fewest} latent frames, this clip has {num_frames}"
     return ""
+
+
+def _end(run: range, patch: int) -> range:
+    """The last 2^i units of a run, as many as it has."""
+    return run[-patch * 2 ** ((len(run) // patch).bit_length() - 1) :]
 
 
 def _runs(units: Iterable[int], patch: int) -> tuple[range, ...]:

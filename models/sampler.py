@@ -5,7 +5,7 @@ Noise levels and updates are those of diffusers' `FlowMatchEulerDiscreteSchedule
 same noise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from longtake.models.conditioning import noise_levels
 from longtake.models.flow import Prediction, add_noise, as_velocity, shift_timesteps
 from longtake.models.interop import unipc_scheduler
+from longtake.models.tokens import Segment
 
 NUM_TRAIN_LEVELS = 1000  # the stock scheduler's grid; its coarsest level 1/1000 ends the schedule
 
@@ -31,6 +32,8 @@ class Denoiser(Protocol):
         *,
         levels: Tensor | None = None,
         level_index: Tensor | None = None,
+        extra: Sequence[Segment] = (),
+        extra_t: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -75,15 +78,18 @@ class TextInput:
 
 @dataclass(frozen=True)
 class Given:
-    """Latents (B, C, T, H, W) that are known where `mask` (B, T, H, W) is True.
+    """Latents (B, C, T, H, W) that are known where `mask` (B, T, H, W) is True, and `segments`
+    that are shown beside them.
 
-    A noise `level` above 0, which the network is told, lets it mend what is given to it.
+    A noise `level` above 0, which the network is told, lets it mend what is given to it; segments
+    come with this noise.
     """
 
     latents: Tensor
     mask: Tensor
     patch_size: tuple[int, int, int]
     level: float = 0.0
+    segments: Sequence[Segment] = ()
 
 
 def schedule(steps: int, shift: float) -> Tensor:
@@ -164,9 +170,10 @@ def sample(
         sigma, t = (
             torch.full(noise.shape[:1], float(x), device=noise.device) for x in (level, told)
         )
-        levels = level_index = None
+        levels = level_index = filled = None
         if given is not None:
-            levels, level_index = noise_levels(t, given.mask, given.patch_size, _filled(given))
+            filled = _filled(given)
+            levels, level_index = noise_levels(t, given.mask, given.patch_size, filled)
 
         def velocity(condition: TextInput) -> Tensor:
             output = dit(
@@ -176,6 +183,8 @@ def sample(
                 condition.lens,
                 levels=levels,  # noqa: B023
                 level_index=level_index,  # noqa: B023
+                extra=() if given is None else given.segments,
+                extra_t=filled,  # noqa: B023
             )
             return as_velocity(output.float(), latents, sigma, prediction)  # noqa: B023
 

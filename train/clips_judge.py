@@ -107,7 +107,7 @@ class Judge:
             self._show(batch, {task: drawn.clips})
             values = self._compare(task, drawn, truth, codec)
             if self.run.config.validation.noise_levels:
-                values["loss"] = self._losses(task, truth.latents, batch)
+                values["loss"] = self._losses(task, truth, batch)
             for index, clip in enumerate(batch.clips):
                 row = describe(clip, task, {name: float(v[index]) for name, v in values.items()})
                 of_clips[index].append(row)
@@ -168,14 +168,16 @@ class Judge:
             values |= {f"psnr{ending}": psnr(clips, rest), f"ssim{ending}": ssim(clips, rest)}
         return values
 
-    def _losses(self, task: str, clean: Tensor, batch: Batch) -> Tensor:
+    def _losses(self, task: str, truth: View, batch: Batch) -> Tensor:
         """(B,) flow loss under the task, the mean over validation.noise_levels: that of training's
         validation pass where the task is t2v."""
-        config, samples = self.run.config, batch.samples
+        config, samples, clean = self.run.config, batch.samples, truth.latents
         patch = config.model.patch_size
         frames = self.codec.given(task, clean.shape[2], patch[0])
         mask = given_mask(frames, (clean.shape[2], clean.shape[3], clean.shape[4])).to(self.device)
         given = mask.expand(len(clean), *mask.shape)
+        with self._autocast():
+            segments = self.codec.encode_segments(truth.clips * 2 - 1, frames)
         embeds, lens = self.run.text(self.painter.tokenizer([clip.caption for clip in batch.clips]))
         prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"
         losses = []
@@ -186,7 +188,10 @@ class Judge:
             levels, index = noise_levels(t, given, patch)
             with self._autocast():
                 output = self.run.dit(
-                    noisy, t, embeds.float(), lens, levels=levels, level_index=index
+                    *(noisy, t, embeds.float(), lens),
+                    levels=levels,
+                    level_index=index,
+                    extra=segments,
                 )
             losses.append(
                 flow_loss(output, clean, noise, t, given, prediction=prediction, patch_size=patch)

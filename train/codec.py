@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
-from longtake.data.segments import Segment, SegmentSpec
 from longtake.models.conditioning import Draw, GivenFrames, given_frames, middle
+from longtake.models.tokens import Segment
 from longtake.models.vae import VAE, vae_hash
 from longtake.models.vae_bounded import decode_bounded, encode_bounded
 from longtake.train.run_folder import write_json
@@ -58,15 +58,13 @@ class Codec:
         return given_frames(task, num_latents, patch=patch, is_causal=is_causal, draw=draw)
 
     def pixel_frames(self, given: GivenFrames) -> list[int]:
-        """The pixel frames that are given, ascending: of a run encoded alone too, the first latent
-        is one pixel frame, the last of those it stands for in a whole clip."""
+        """The pixel frames that are given, ascending; see `GivenFrames` for where they stand."""
         time = self.strides[0]
         return [i for run in given.runs for i in range(run[0] * time, run[-1] * time + 1)]
 
     def encode_given(self, clips: Tensor, given: GivenFrames) -> Tensor:
         """Normalised latents of clips (B, 3, T, H, W) in [-1, 1] where frames are given in place,
         from these frames alone; elsewhere they mean nothing."""
-        assert not given.segments, "segments are encoded alone"
         if self.vae is None:
             return self.encode(clips)
         latents = clips.new_zeros(len(clips), *self.latent_shape(*clips.shape[2:]))
@@ -75,18 +73,20 @@ class Codec:
             latents[:, :, : len(run)] = self.encode(clips[:, :, :frames])
         return latents
 
+    def encode_segments(self, clips: Tensor, given: GivenFrames) -> tuple[Segment, ...]:
+        """What is given beside the latents of clips (B, 3, T, H, W): every such run encoded alone,
+        as `longtake encode` stores it."""
+        shown = [self.pixel_frames(GivenFrames((), (run,))) for run in given.segments]
+        return tuple(
+            Segment(self.encode(clips[:, :, frames]), run.start)
+            for run, frames in zip(given.segments, shown, strict=True)
+        )
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Normalised posterior means, or pixels; of clips of any length in bounded memory."""
         latents = video if self.vae is None else encode_bounded(self.vae, video).mean
         return (latents - self.mean) / self.std
-
-    def encode_segment(self, video: Tensor, name: str) -> Segment:
-        """A piece of clips (see `data.segments`) encoded alone, as `longtake encode` stores it:
-        latents (B, C, P, H', W'). ValueError where clips of this length have no such piece."""
-        spec, frames, stride = SegmentSpec.parse(name), video.shape[2], self.strides[0]
-        spec.check(frames, stride)
-        return Segment(spec.encode(self.encode, video), spec.places(frames, stride))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -202,9 +202,9 @@ def _check_given(config: DiTRun) -> None:
             f"its tokens; or set tasks.{task}=0",
         )
         require(
-            config.codec == "identity" or TASKS[task].is_prefix,
-            f"tasks.{task} gives frames behind the beginning, which codec=vae must encode alone: "
-            f"not supported yet, set tasks.{task}=0 or codec=identity",
+            patch == 1 or config.codec == "identity" or not TASKS[task].is_stills,
+            f"model.patch_size[0]={patch} must be 1 for tasks.{task} > 0 with codec=vae: a frame "
+            f"that is encoded alone is one latent frame; or set tasks.{task}=0",
         )
     require(
         not config.numbers.told or config.codec == "identity" or config.text.kind == "bytes",

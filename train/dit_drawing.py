@@ -11,6 +11,7 @@ from torch import Tensor
 from longtake.data.loader import Batch
 from longtake.data.randomness import derive_seed
 from longtake.models.sampler import Given, sample
+from longtake.models.tokens import Segment
 from longtake.train.engine import Engine
 from longtake.train.given import masks_of
 from longtake.train.painter import noise_for
@@ -45,7 +46,9 @@ def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> lis
         if drawn.frames.runs:
             clean = torch.cat([task.clean(batch) for batch in batches])
             masks = masks_of([drawn] * len(clips), shape).to(task.device)
-            given = Given(clean, masks, task.patch_size)
+            shown = zip(*(task.segments(clip, drawn) for clip in clips), strict=True)
+            segments = [Segment(torch.stack([s.latents for s in x]), x[0].start) for x in shown]
+            given = Given(clean, masks, task.patch_size, segments=segments)
             rows = task.captions.whole(clips)
             video = _draw(task, engine, rows, range(len(clips)), shape, given)
             drawings += _named(name, video, captions, fps)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from longtake.data.loader import Batch
+from longtake.data.loader import Batch, Clip
 from longtake.data.plan import PlannedSample
 from longtake.data.randomness import uniform
 from longtake.models.conditioning import noise_levels, num_noisy_tokens
@@ -21,6 +21,7 @@ from longtake.models.flow import (
     min_snr_weight,
     sample_timesteps,
 )
+from longtake.models.tokens import Segment, Video
 from longtake.train.caption_rows import CaptionRows
 from longtake.train.codec import Codec
 from longtake.train.dit_drawing import draw_samples
@@ -46,6 +47,13 @@ class Noised:
     given: Tensor  # (B, T, H, W) bool
     levels: Tensor | None  # of the tokens, as the DiT takes them
     level_index: Tensor | None
+    known: Tensor  # (B,) level of what is given
+    segments: Sequence[Sequence[Segment]]  # of each sample, beside its latents
+
+    def pack(self) -> list[Video]:
+        """The samples as the DiT takes those which are given different segments."""
+        index = [None] * len(self.t) if self.level_index is None else self.level_index
+        return [Video(*one) for one in zip(self.noisy, index, self.segments, strict=True)]
 
 
 class DiTTask:
@@ -73,14 +81,16 @@ class DiTTask:
         return float(sum(self._num_noisy(batch)))
 
     def tokens(self, batch: Batch) -> int:
-        """All video tokens, given ones included."""
-        return sum(map(self.conditions.num_tokens, batch.samples))
+        """All tokens, given ones and those of segments included."""
+        return sum(self._num_all_tokens(batch))
 
     def flops(self, batch: Batch) -> float:
         """Of a training step; the text's own projections, less than a percent, are left out."""
         model, text_keys = self.config.model, self.config.text.max_length
-        tokens = map(self.conditions.num_tokens, batch.samples)
-        return 3.0 * sum(forward_flops(model, n, text_rows=0, text_keys=text_keys) for n in tokens)
+        return 3.0 * sum(
+            forward_flops(model, n, text_rows=0, text_keys=text_keys)
+            for n in self._num_all_tokens(batch)
+        )
 
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
         t = self._draw_levels(batch.samples)
@@ -166,7 +176,16 @@ class DiTTask:
             return self.codec.encode(batch.stack_video().to(self.device))
         return batch.stack_latents().to(self.device)
 
+    def segments(self, clip: Clip, drawn: Drawn) -> list[Segment]:
+        """What the clip is given beside its latents."""
+        stored = self.conditions.segments(clip, drawn)
+        return [replace(segment, latents=segment.latents.to(self.device)) for segment in stored]
+
     def _predict(self, engine: Engine, noised: Noised, text: Sequence[Tensor]) -> Tensor:
+        """One forward, whatever the samples are given: ranks must run the same modules."""
+        if self.conditions.has_segments:
+            pack = noised.pack()
+            return torch.stack(engine(pack, noised.t, text, noised.levels, extra_t=noised.known))
         return engine(noised.noisy, noised.t, text, noised.levels, noised.level_index)
 
     def _error(self, output: Tensor, noised: Noised) -> Tensor:
@@ -189,11 +208,12 @@ class DiTTask:
         masks = masks_of(drawn, self.conditions.latent_shape(batch.samples[0]))  # on the CPU
         known = torch.tensor([one.level for one in drawn])
         levels, index = noise_levels(t, masks, self.patch_size, known)
+        segments = [self.segments(*one) for one in zip(batch.clips, drawn, strict=True)]
         t, known, given = (x.to(self.device) for x in (t, known, masks))
         levels, index = (None if x is None else x.to(self.device) for x in (levels, index))
         shown = add_noise(clean, noise, known)
         noisy = torch.where(given[:, None], shown, add_noise(clean, noise, t))
-        return Noised(clean, noise, noisy, t, given, levels, index)
+        return Noised(clean, noise, noisy, t, given, levels, index, known, segments)
 
     def _draw_levels(self, samples: Sequence[PlannedSample]) -> Tensor:
         flat = torch.tensor([uniform(s.seed, "timestep") for s in samples])
@@ -201,6 +221,9 @@ class DiTTask:
         normal = torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6))
         tokens = torch.tensor([self.conditions.num_tokens(s) for s in samples])
         return sample_timesteps(flat, normal, self.config.timesteps, tokens)
+
+    def _num_all_tokens(self, batch: Batch) -> list[int]:
+        return [self.conditions.num_all_tokens(sample, batch.step) for sample in batch.samples]
 
     def _num_noisy(self, batch: Batch) -> list[int]:
         return [self.conditions.num_noisy(sample, batch.step) for sample in batch.samples]

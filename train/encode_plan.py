@@ -76,7 +76,7 @@ class EncodePlan:
 
     def segments_of(self, frames: int) -> tuple[SegmentSpec, ...]:
         """The pieces that clips of so many frames have: an image has none."""
-        return self.segments if frames > 1 else ()
+        return tuple(segment for segment in self.segments if segment.fits(frames))
 
 
 def plan_encode(loaded: LoadedVAE, shards: Path, options: EncodeOptions) -> EncodePlan:
@@ -85,9 +85,8 @@ def plan_encode(loaded: LoadedVAE, shards: Path, options: EncodeOptions) -> Enco
     catalogue = load_catalogue(shards, options.catalogue)
     config = data_config(loaded, catalogue, shards, options)
     segments = tuple(SegmentSpec.parse(name) for name in options.segments)
-    for bucket in config.buckets:
-        for segment in segments if bucket.frames > 1 else ():
-            segment.check(bucket.frames, loaded.vae.strides[0])
+    for segment in segments:
+        segment.check(max(bucket.frames for bucket in config.buckets), loaded.vae.strides[0])
     val = ValPlan.from_catalogues([catalogue], config, loaded.config.seed, len(catalogue))
     table = val.tables[0]
     groups: dict[str, list[Cut]] = {}

@@ -9,15 +9,21 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from longtake.data.latents import LatentManifest
+from longtake.data.loader import Clip
 from longtake.data.plan.planned import PlannedSample
-from longtake.data.randomness import uniform
+from longtake.data.randomness import generator, uniform
 from longtake.models.conditioning import (
+    TASKS,
     GivenFrames,
     draw_task,
+    given_frames,
     given_mask,
     num_noisy_tokens,
     unfit,
 )
+from longtake.models.flow import add_noise
+from longtake.models.tokens import Segment
 from longtake.train.codec import Codec
 from longtake.train.schema import CurriculumPoint, DiTRun
 
@@ -38,6 +44,8 @@ class Conditions:
         """ValueError for a bucket that no task fits, and a task that fits no bucket."""
         self.config, self.codec = config, codec
         self.patch = config.model.patch_size
+        tasks = config.trained_tasks
+        self.has_segments = codec.vae is not None and not all(TASKS[t].is_prefix for t in tasks)
         check_lengths(config, codec)
 
     def draw(self, sample: PlannedSample, step: int) -> Drawn:
@@ -66,9 +74,29 @@ class Conditions:
         _, frames, height, width = self.codec.latent_shape(*sample.shape)
         return frames, height, width
 
+    def segments(self, clip: Clip, drawn: Drawn) -> tuple[Segment, ...]:
+        """What the clip is given beside its latents, at the level drawn: (C, t, H, W) each. The
+        noise is not that of the video at the same place, which would tell it."""
+        stored = []
+        for run in drawn.frames.segments:
+            name = stored_name(drawn.task, run, self.codec.strides[0])
+            latents = clip.segment(name).at(run)
+            if drawn.level:
+                draws = generator(clip.sample.seed, f"given.noise.{run.start}")
+                noise = torch.randn(latents.shape, generator=draws)
+                latents = add_noise(latents, noise, torch.tensor(drawn.level))
+            stored.append(Segment(latents, run.start))
+        return tuple(stored)
+
     def num_tokens(self, sample: PlannedSample) -> int:
-        """All video tokens, given ones included."""
+        """All tokens of the video itself, given ones included."""
         time, rows, columns = self.config.model.grid(self.latent_shape(sample))
+        return time * rows * columns
+
+    def num_all_tokens(self, sample: PlannedSample, step: int) -> int:
+        """The same with those of the segments beside it: all that the model works on."""
+        shape, beside = self.latent_shape(sample), self.draw(sample, step).frames.segments
+        time, rows, columns = self.config.model.grid((shape[0] + sum(map(len, beside)), *shape[1:]))
         return time * rows * columns
 
     def num_noisy(self, sample: PlannedSample, step: int) -> int:
@@ -106,6 +134,32 @@ def task_weights(
             }
         before, weights = point.step, point.tasks
     return weights
+
+
+def stored_name(task: str, run: range, stride: int) -> str:
+    """The piece of clips (see `data.segments`) in which `longtake encode` stores a segment that a
+    task gives; `stride` is the VAE's in time."""
+    if task == "first_last":
+        return "last"
+    return f"every:{stride}" if TASKS[task].is_stills else f"suffix:{1 + (len(run) - 1) * stride}"
+
+
+def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
+    """The pieces that the tasks of a run may take from latents, at any of their draws."""
+    patch, names = config.model.patch_size[0], {}
+    for bucket in config.data.buckets:
+        count = manifest.latent_shape((bucket.frames, bucket.height, bucket.width))[1]
+        for task in config.trained_tasks:
+            for share in range(0 if unfit(task, count, patch) else count):
+                draw = partial(_constant, share / count)  # so many reach every length
+                frames = given_frames(task, count, patch=patch, is_causal=True, draw=draw)
+                for run in frames.segments:
+                    names[stored_name(task, run, manifest.strides[0])] = True
+    return list(names)
+
+
+def _constant(value: float, purpose: str) -> float:
+    return value
 
 
 def check_lengths(config: DiTRun, codec: Codec) -> None:

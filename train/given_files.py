@@ -56,8 +56,11 @@ def read_given(
     patch, length = config.model.patch_size[0], codec.latent_shape(*shape)[1]
     wanted = codec.given(task, length, patch)
     named = [GivenFile.parse(text) for text in files]
+    is_placed = bool(wanted.runs and named) and all(file.at is not None for file in named)
+    if is_placed:
+        named.sort(key=lambda file: file.at or 0)
     sources = [Source(file.path, fps, shape[1:]) for file in named]
-    if wanted.runs and named and all(file.at is not None for file in named):
+    if is_placed:
         wanted = _placed(named, sources, codec, length, patch)
     if len(named) != len(wanted.runs):
         counts = [len(codec.pixel_frames(GivenFrames((run,)))) for run in wanted.runs]
@@ -83,7 +86,7 @@ def _placed(
     patch: int,
 ) -> GivenFrames:
     """Runs of latent frames where the files are asked to be, as long as they last."""
-    time, runs = codec.strides[0], []
+    time, runs, free = codec.strides[0], [], 0
     for file, source in zip(named, sources, strict=True):
         at = file.at or 0
         count = ((source.num_frames - 1) // time + 1) // patch * patch
@@ -93,11 +96,14 @@ def _placed(
                 f"{file.path}@{at}: must start at a multiple of {time * patch} within the video "
                 f"and last {(patch - 1) * time + 1} frames, it has {source.num_frames}"
             )
+        if run.start < free:
+            raise ValueError(
+                f"{file.path}@{at}: must start at {free * time} or later, behind the file before"
+            )
         runs.append(run)
-    given = GivenFrames(tuple(runs))
-    if codec.vae is not None and (len(runs) > 1 or runs[0].start):
-        raise ValueError("codec=vae: files can be given at the beginning (FILE@0) only")
-    return given
+        free = run.stop
+    first = len(runs) if codec.vae is None else int(runs[0].start == 0)
+    return GivenFrames(tuple(runs[:first]), tuple(runs[first:]))
 
 
 def check_task(config: DiTRun, task: str) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.data.randomness import generator
+from longtake.data.randomness import derive_seed, generator
 from longtake.models.conditioning import GivenFrames, given_mask
+from longtake.models.flow import add_noise
 from longtake.models.sampler import Given, SamplerConfig, TextInput, sample
 from longtake.models.text import Tokenizer
+from longtake.models.tokens import Segment
 from longtake.train.caption_rows import join_words
 from longtake.train.codec import Codec
 from longtake.train.runs import LoadedDiT
@@ -55,8 +57,9 @@ class Painter:
     ) -> Tensor:
         """Pixels (B, 3, T, H, W) in [-1, 1] from noise (B, C, T', H', W') of the latents' shape.
 
-        Given frames are kept. `negative` None stands for the run's own. `numbers` are told behind
-        prompts and negative prompt alike: guidance leads towards the prompt.
+        Frames that are given in place are kept, those encoded alone are drawn with all the others.
+        `negative` None stands for the run's own. `numbers` are told behind prompts and negative
+        prompt alike: guidance leads towards the prompt.
         """
         with self._autocast():
             text, empty = self._encode(prompts, numbers), None
@@ -85,14 +88,25 @@ class Painter:
         return TextInput(embeds.float(), lens)
 
     def _given(self, shape: torch.Size, given: GivenClips) -> Given:
-        known = self.codec.encode_given(given.clips.to(self.device), given.frames)
+        clips = given.clips.to(self.device)
+        known = self.codec.encode_given(clips, given.frames)
         mask = given_mask(given.frames, (shape[2], shape[3], shape[4])).to(self.device)
+        segments = self.codec.encode_segments(clips, given.frames)
         return Given(
             known.expand(shape),
             mask.expand(shape[0], *mask.shape),
             self.run.dit.config.patch_size,
             given.level,
+            [self._shown(segment, given.level, shape[0]) for segment in segments],
         )
+
+    def _shown(self, segment: Segment, level: float, count: int) -> Segment:
+        """A segment at its noise level, whose noise must not be that of the video; (B, …)."""
+        latents = segment.latents
+        if level:
+            noise = noise_for(derive_seed("segment", str(segment.start)), latents.shape[1:])
+            latents = add_noise(latents, noise.to(latents), torch.tensor(level))
+        return Segment(latents.expand(count, *latents.shape[1:]), segment.start)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         enabled = self.precision == "bf16"

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 
-from longtake.data.latents import read_empty_text, read_manifest, refuse_other_vae
+from longtake.data.latents import (
+    read_empty_text,
+    read_manifest,
+    refuse_missing_segments,
+    refuse_other_vae,
+)
 from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
@@ -33,6 +38,7 @@ from longtake.train.console import RunConsole
 from longtake.train.dit_task import DiTTask
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
+from longtake.train.given import needed_segments
 from longtake.train.health import Quarantine, Spikes, StopSignal
 from longtake.train.init_from import start_from
 from longtake.train.lora import add_adapters
@@ -125,6 +131,7 @@ def _check_latents(config: VAERun | DiTRun) -> None:
             manifest = read_manifest(dataset.path)
             refuse_other_vae(manifest, first)
             check_text(manifest, config, Path(dataset.path))
+            refuse_missing_segments(manifest, needed_segments(config, manifest), dataset.path)
             require(
                 manifest.z_dim == config.model.in_channels,
                 f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longtake.models.dit import DiT
 from longtake.models.sampler import TextInput
 from longtake.models.text import TextEncoder
+from longtake.models.tokens import Video
 from longtake.train.optim import freeze
 from longtake.train.schema import DiTRun
 
@@ -45,16 +46,25 @@ class TextToVideo(nn.Module):
 
     def forward(
         self,
-        latents: Tensor,
+        latents: Tensor | Sequence[Video],
         t: Tensor,
         rows: Sequence[Tensor],
         levels: Tensor | None = None,
         level_index: Tensor | None = None,
-    ) -> Tensor:
-        """latents (B, C, T, H, W), t (B,) -> prediction (B, C, T, H, W); levels as for the DiT."""
+        extra_t: Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """latents (B, C, T, H, W), t (B,) -> prediction (B, C, T, H, W); levels as for the DiT.
+
+        Or a pack, B videos of any sizes with what is given beside them, at `extra_t` (B,) -> as
+        many predictions (C, T, H, W).
+        """
         text = self.encode(rows)
-        embeds = text.embeds.to(latents.device)
-        return self.dit(latents, t, embeds, text.lens, levels=levels, level_index=level_index)
+        return self.dit(
+            *(latents, t, text.embeds.to(t.device), text.lens),
+            levels=levels,
+            level_index=level_index,
+            extra_t=extra_t,
+        )
 
 
 def pad_embeddings(rows: Sequence[Tensor], length: int) -> TextInput:

@@ -232,17 +232,18 @@ def test_segments_and_logvar_come_back_normalised(tmp_path: Path) -> None:
         refuse_missing_segments(read_manifest(tmp_path), ["last", "suffix:5"], tmp_path)
     loaded = _load(_plan(tmp_path), 2)
     for batch in loaded:
-        last = batch.stack_segment("last")
-        assert last.places == (2,)
-        expected = torch.tensor([(float(c.sample.key[1:]) - 1) / 2 for c in batch.clips])
-        assert torch.equal(last.latents, expected.view(-1, 1, 1, 1, 1).expand(-1, 4, 1, 8, 8))
-        assert batch.clips[0].segments["every:4"].latents.shape == (4, 3, 8, 8)
-        with pytest.raises(ValueError, match=r"no segment 'suffix:5'.*longtake encode"):
-            batch.stack_segment("suffix:5")
+        for clip in batch.clips:
+            last = clip.segment("last").at(range(2, 3))
+            assert torch.equal(last, torch.full((4, 1, 8, 8), (float(clip.sample.key[1:]) - 1) / 2))
+            assert clip.segment("every:4").at(range(1, 2)).shape == (4, 1, 8, 8)
+            with pytest.raises(ValueError, match=r"no segment 'suffix:5'.*every:4,last,suffix:5"):
+                clip.segment("suffix:5")
     for one, two in zip(loaded, _load(_plan(tmp_path), 2, num_workers=2), strict=True):
         assert one.digest == two.digest
-        last = one.stack_segment("last"), two.stack_segment("last")
-        assert torch.equal(last[0].latents, last[1].latents) and last[0].places == last[1].places
+        for ours, theirs in zip(one.clips, two.clips, strict=True):
+            last = ours.segment("last"), theirs.segment("last")
+            assert torch.equal(last[0].latents, last[1].latents)
+            assert last[0].places == last[1].places == (2,)
 
 
 def test_a_catalogue_without_the_column_of_variants_is_read(tmp_path: Path) -> None:

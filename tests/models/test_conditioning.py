@@ -69,11 +69,22 @@ def test_every_draw_leaves_whole_patches_given_and_some_to_generate(task: str, p
 
 
 def test_behind_the_beginning_a_causal_codec_gives_segments() -> None:
-    """Its latents there have seen the frames to be generated."""
+    """Its latents there have seen the frames to be generated. Of ends there are few lengths, and
+    stills stay apart, so that a cache can hold them all."""
     join = given_frames("join", 9, is_causal=True)
-    assert join == GivenFrames((range(3),), (range(6, 9),))
-    assert given_frames("extend_backward", 9, is_causal=True).in_place == ()
-    assert join.keep(lambda number: number == 1) == GivenFrames((), (range(6, 9),))
+    assert join == GivenFrames((range(3),), (range(7, 9),))
+    assert join.keep(lambda number: number == 1) == GivenFrames((), (range(7, 9),))
+    for patch, lengths in ((1, {2, 4, 8}), (2, {2, 4, 8})):
+        ends = [
+            given_frames("extend_backward", 20, patch=patch, is_causal=True, draw=lambda _, u=u: u)
+            for u in (i / 20 for i in range(20))
+        ]
+        assert {given.in_place for given in ends} == {()}
+        assert {given.segments[0].stop for given in ends} == {20}
+        assert {len(given.segments[0]) for given in ends} == lengths
+    stills = given_frames("random_frames", 9, is_causal=True)
+    assert stills == GivenFrames((range(1),), tuple(range(i, i + 1) for i in (1, 3, 6, 8)))
+    assert num_noisy_tokens(given_mask(stills, (9, 1, 1)), (1, 1, 1)) == 8
 
 
 def test_tokens_keep_the_order_of_the_grid() -> None:

@@ -1,5 +1,6 @@
 """The sampler against the stock scheduler, guidance, given latents; a DiT that overfits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from longtake.models.flow import (
     sample_timesteps,
 )
 from longtake.models.sampler import Given, SamplerConfig, TextInput, sample, schedule
+from longtake.models.tokens import Segment
 
 SHAPE = (2, 3, 2, 4, 4)
 
@@ -39,6 +41,8 @@ class Toy:
         *,
         levels: Tensor | None = None,
         level_index: Tensor | None = None,
+        extra: Sequence[Segment] = (),
+        extra_t: Tensor | None = None,
     ) -> Tensor:
         assert t is not None
         self.calls.append((levels, level_index))
@@ -123,6 +127,22 @@ def test_given_latents_stay_and_are_told_as_clean() -> None:
     levels, index = toy.calls[0]
     assert levels is not None and index is not None
     assert torch.equal(levels.gather(1, index), torch.tensor([[0.0] * 4 + [1.0] * 4, [1.0] * 8]))
+
+
+def test_segments_are_shown_at_their_level_in_every_call() -> None:
+    segment, seen = Segment(torch.ones(2, 3, 1, 4, 4), 1.0), []
+
+    def watched(*args: Any, **conditions: Any) -> Tensor:
+        seen.append((list(conditions["extra"]), conditions["extra_t"].tolist()))
+        return Toy()(*args, **conditions)
+
+    nothing = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
+    given = Given(torch.zeros(SHAPE), nothing, (1, 2, 2), 0.25, [segment])
+    config = SamplerConfig(steps=2, guidance_scale=2.0)
+    found = sample(watched, noise(), text(0.1), config=config, negative=text(0.0), given=given)
+    assert seen == [([segment], [0.25, 0.25])] * 4
+    free = sample(Toy(), noise(), text(0.1), config=config, negative=text(0.0))
+    assert torch.equal(found, free)  # their place in the video is drawn
 
 
 def test_perfect_clean_prediction_lands_on_the_clip() -> None:

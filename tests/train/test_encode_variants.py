@@ -17,9 +17,8 @@ from longtake.data.transforms import crop_clip, to_float
 from longtake.models.vae import Posterior
 from longtake.models.vae_bounded import encode_bounded
 from longtake.train import encode_shard
-from longtake.train.codec import load_codec
 from longtake.train.encode import encode_shards, forecast_encode
-from longtake.train.runs import load_dit, load_vae
+from longtake.train.runs import load_vae
 
 from .conftest import Road, small_text
 from .small_runs import write_world
@@ -81,11 +80,11 @@ def test_variants_and_segments(road: Road, wide: Path, tmp_path: Path) -> None:
     assert expected.latents == size
     on_disk = sum(path.stat().st_size for path in (tmp_path / "latents").glob("*.tar"))
     assert abs(expected.whole / on_disk - 1) < 0.3  # tars this small are half padding
-    read_by_the_loader(road, tmp_path / "latents")
+    read_by_the_loader(tmp_path / "latents")
 
 
-def read_by_the_loader(road: Road, folder: Path) -> None:
-    """Batches hold normalised segments, and a run's codec makes the same of pixels."""
+def read_by_the_loader(folder: Path) -> None:
+    """Batches hold the segments."""
     manifest = read_manifest(folder)
     assert (manifest.segments, manifest.variants, manifest.logvar) == (SEGMENTS, 3, True)
     datasets = [DatasetConfig(str(folder), where="variant > 0")]
@@ -93,15 +92,8 @@ def read_by_the_loader(road: Road, folder: Path) -> None:
     plan = Plan.from_config(data, 0)
     assert plan.num_samples == 8
     (batch, _) = next(iter(Loader(plan, range(2))))
-    last = batch.stack_segment("last")
-    assert last.latents.shape == (4, 4, 1, 8, 8) and last.places == (2,)
-    codec = load_codec(load_dit(road.dit).config, folder=road.dit)
-    video = torch.randn(2, 3, 5, 16, 16)
-    alone = codec.encode_segment(video, "suffix:3")
-    torch.testing.assert_close(alone.latents, codec.encode(video[:, :, 2:]))
-    assert alone.places == (1, 2)
-    with pytest.raises(ValueError, match="clips of 5 frames have no such part"):
-        codec.encode_segment(video, "suffix:5")
+    last = batch.clips[0].segment("last")
+    assert last.latents.shape == (4, 1, 8, 8) and last.places == (2,)
 
 
 def test_clips_without_room_have_one_variant(road: Road) -> None:

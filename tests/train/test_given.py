@@ -80,7 +80,10 @@ def test_a_clip_that_is_too_short_draws_among_the_other_tasks() -> None:
     [
         (("tasks={t2v: 0, i2v: 1}", bucket(1, 5)), "data.buckets has 1x16x16, which none of the"),
         (("tasks.join=1", bucket(3)), r"tasks.join fits no bucket: it needs 5 latent frames"),
-        (("tasks.join=1", "codec=vae"), r"tasks.join gives frames behind the beginning"),
+        (
+            ("tasks.first_last=1", "codec=vae", "model.patch_size=[2,4,4]"),
+            r"model.patch_size\[0\]=2 must be 1 for tasks.first_last > 0 with codec=vae",
+        ),
         (("tasks.i2v=1", "model.patch_size=[2,4,4]"), r"model.patch_size\[0\]=2 must be 1"),
         (("curriculum=[{step: 0, tasks: {t2v: 1}}]",), r"curriculum has steps \[0\]"),
         (("curriculum=[{step: 5, tasks: {v: 1}}]",), r"curriculum.0.tasks.v: unknown task"),
@@ -96,18 +99,30 @@ def test_mistakes_are_named_at_the_start(more: tuple[str, ...], message: str) ->
 
 
 def test_conditions_do_not_change_with_the_frames_to_be_generated(road: Road) -> None:
-    """Through a causal VAE the given latents are those of a clip that ends with them."""
+    """Through a causal VAE; and a clip's own latents of these frames do."""
     codec = load_codec(load_dit(road.dit).config, folder=road.dit)
-    clip, other = torch.rand(2, 1, 3, 13, 16, 16) * 2 - 1
-    given = codec.given("extend_forward", codec.latent_frames(13), 1)
-    frames = codec.pixel_frames(given)
-    assert frames == list(range(5))
-    other[:, :, frames] = clip[:, :, frames]
-    first, second = (codec.encode_given(x, given) for x in (clip, other))
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first[:, :, :3], codec.encode(clip)[:, :, :3], atol=1e-5, rtol=1e-5)
-    alone = codec.pixel_frames(GivenFrames((), (range(1, 3),)))
-    assert codec.encode(clip[:, :, alone]).shape[2] == 2 and alone[0] == codec.strides[0]
+    for task, frames in (
+        ("extend_forward", [0, 1, 2, 3, 4]),
+        ("extend_backward", [10, 11, 12]),
+        ("first_last", [0, 12]),
+        ("in_between", [0, 6, 12]),
+        ("join", [0, 1, 2, 3, 4, 10, 11, 12]),
+        ("random_frames", [0, 2, 6, 12]),
+    ):
+        clip, other = torch.rand(2, 1, 3, 13, 16, 16) * 2 - 1
+        given = codec.given(task, codec.latent_frames(13), 1)
+        assert codec.pixel_frames(given) == frames
+        other[:, :, frames] = clip[:, :, frames]
+        whole, changed = codec.encode(clip), codec.encode(other)
+        first, second = (codec.encode_given(x, given) for x in (clip, other))
+        assert torch.equal(first, second)
+        for run in given.in_place:
+            torch.testing.assert_close(first[:, :, run], whole[:, :, run], atol=1e-5, rtol=1e-5)
+        pairs = zip(*(codec.encode_segments(x, given) for x in (clip, other)), strict=True)
+        for run, (one, two) in zip(given.segments, pairs, strict=True):
+            assert one.start == run.start and one.latents.shape[2] == len(run)
+            assert torch.equal(one.latents, two.latents)
+            assert (changed[:, :, list(run)] - whole[:, :, list(run)]).abs().mean() > 0.01
 
 
 def test_files_land_where_the_task_gives_them(tmp_path: Path) -> None:
@@ -135,6 +150,26 @@ def test_files_land_where_the_task_gives_them(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             read_given(task, files, config, IDENTITY, shape, 8.0)
+
+
+def test_files_can_be_given_anywhere_with_a_vae(road: Road, tmp_path: Path) -> None:
+    """At multiples of its stride, in any order; behind the beginning as segments."""
+    config = replace(load_dit(road.dit).config, tasks={"random_frames": 1.0})
+    codec, shape = load_codec(config, folder=road.dit), (9, 16, 16)
+    grey = np.full((3, 16, 16, 3), 99, np.uint8)
+    (tmp_path / "clip.mp4").write_bytes(encode_video(grey, 8.0))
+    (tmp_path / "white.png").write_bytes(encode_image(np.full((16, 16, 3), 255, np.uint8)))
+    clip, image = str(tmp_path / "clip.mp4"), str(tmp_path / "white.png")
+    given = read_given("random_frames", [f"{clip}@6", f"{image}@0"], config, codec, shape, 8.0)
+    assert given is not None
+    assert given.frames == GivenFrames((range(1),), (range(3, 5),))
+    assert given.clips[0, :, 0].min() > 0.9 and given.clips[0, :, 6:].abs().max() < 0.5
+    for files, message in (
+        ([f"{image}@3"], "must start at a multiple of 2 within the video"),
+        ([f"{clip}@4", f"{image}@6"], "must start at 8 or later, behind the file before"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_given("random_frames", files, config, codec, shape, 8.0)
 
 
 def test_numbers_stand_behind_a_caption_and_a_long_one_makes_room() -> None:
