@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the encoder. `max_length` counts tokens with the end mark and is fixed for a run.
+    """Sizes of the encoder. `max_length` counts tokens with the end mark and is fixed for a run;
+    `too_long` says what training does with captions that fill it.
 
     With kind `pretrained`, `path` is a hub id or folder and the other sizes are read from it.
     """
@@ -29,10 +30,13 @@ class TextConfig:
     num_heads: int = 4
     d_ff: int = 256
     path: str = ""
+    too_long: Literal["truncate", "refuse"] = "truncate"
 
     def __post_init__(self) -> None:
         if self.kind not in ("bytes", "pretrained"):
             raise ValueError(f"text.kind={self.kind} must be bytes or pretrained")
+        if self.too_long not in ("truncate", "refuse"):
+            raise ValueError(f"text.too_long={self.too_long} must be truncate or refuse")
         if self.max_length < 1:
             raise ValueError(f"text.max_length={self.max_length} must be at least 1")
         if self.kind == "pretrained" and not self.path:

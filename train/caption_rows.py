@@ -44,14 +44,13 @@ class CaptionRows:
     def whole(self, clips: Sequence[Clip]) -> list[Tensor]:
         """Captions and all that is known of the clips, as validation tells them."""
         words, rows = list(self.config.numbers.told), self._captions(clips)
-        return self._finish(
-            [self._tell(row, clip, words) for row, clip in zip(rows, clips, strict=True)]
-        )
+        told = [self._tell(row, clip, words) for row, clip in zip(rows, clips, strict=True)]
+        return self._finish(told)
 
     def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor], list[bool]]:
         """The same with captions and numbers dropped, each by itself, a caption for that of the
         empty prompt; and whether each caption fills `text.max_length`, behind which nothing is
-        seen."""
+        seen. ValueError for such a caption with text.too_long=refuse."""
         config, captions, rows = self.config, self._captions(clips), []
         for row, clip in zip(captions, clips, strict=True):
             draw = partial(uniform, clip.sample.seed)
@@ -73,11 +72,23 @@ class CaptionRows:
         ]
 
     def _tell(self, row: Tensor, clip: Clip, words: Sequence[str]) -> Tensor:
-        """The row with these numbers behind it, as far as they are known of the clip."""
+        """The row with these numbers behind it, as far as they are known of the clip.
+
+        ValueError where text.too_long=refuse and it is full: its end may be cut, nobody can tell.
+        """
         told = self.config.numbers.told
         numbers = {w: clip.fps if told[w] == FPS else clip.scores.get(told[w]) for w in words}
         known = {word: value for word, value in numbers.items() if value is not None}
-        return join_words(row, known, self.tokenizer) if known else row
+        row = join_words(row, known, self.tokenizer) if known else row
+        limit = self.config.text.max_length
+        if self.config.text.too_long == "refuse" and len(row) >= limit:
+            raise ValueError(
+                f"{clip.sample.key}: its {clip.sample.caption_kind} caption fills all "
+                f"text.max_length={limit} tokens ({clip.caption[:60]!r}…); with "
+                "text.too_long=refuse it must be shorter: filter it out, raise the limit, or set "
+                "text.too_long=truncate"
+            )
+        return row
 
     def _finish(self, rows: list[Tensor]) -> list[Tensor]:
         return rows if self._is_cached else self._encode(rows)

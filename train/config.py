@@ -50,7 +50,7 @@ FREE_KEYS = (
         "train.timeout",
     ),
     *("train.deterministic", "data.num_workers", "data.prefetch_factor", "data.decoder"),
-    *("vae.checkpoint_blocks", "speed"),
+    *("vae.checkpoint_blocks", "speed", "text.too_long"),
     *("data.decode_timeout", "data.decode_memory", "data.cache"),
     *("data.val", "data.max_bad_fraction", "data.train.*.path", "data.train.*.catalogue"),
 )

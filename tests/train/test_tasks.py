@@ -141,6 +141,20 @@ def test_captions_are_dropped_at_the_rate_asked_for(shards: Path) -> None:
     assert len({tuple(row) for row in stub.rows}) > 4
 
 
+def test_captions_that_are_too_long_are_refused_where_asked_for(shards: Path) -> None:
+    strict = "text.too_long=refuse", "numbers.sources={fps: fps}", "numbers.dropout=0"
+    task = dit_task(shards, *strict, "text.max_length=512")
+    clips = first_batches(task)[0].clips
+    longest = max(len(row) for row in task.captions.whole(clips))
+    task.captions.training(clips)
+    tight = dit_task(shards, *strict, f"text.max_length={longest}", "caption_dropout=0")
+    for read in (tight.captions.training, tight.captions.whole):
+        with pytest.raises(
+            ValueError, match=rf"train-.*text.max_length={longest}.*too_long=truncate"
+        ):
+            read(clips)
+
+
 def test_validation_is_fixed_and_skips_filling(shards: Path) -> None:
     task = dit_task(shards)
     engine = engine_of(task)
