@@ -95,9 +95,11 @@ class Conditions:
 
     def num_all_tokens(self, sample: PlannedSample, step: int) -> int:
         """The same with those of the segments beside it: all that the model works on."""
-        shape, beside = self.latent_shape(sample), self.draw(sample, step).frames.segments
-        time, rows, columns = self.config.model.grid((shape[0] + sum(map(len, beside)), *shape[1:]))
-        return time * rows * columns
+        video = self.num_tokens(sample)
+        if not self.has_segments:
+            return video
+        beside = sum(map(len, self.draw(sample, step).frames.segments))
+        return video + video * beside // self.latent_shape(sample)[0]
 
     def num_noisy(self, sample: PlannedSample, step: int) -> int:
         """Tokens of the sample that are generated and bear loss."""

@@ -18,6 +18,7 @@ from longtake.models.vae import Posterior
 from longtake.models.vae_bounded import encode_bounded
 from longtake.train import encode_shard
 from longtake.train.encode import encode_shards, forecast_encode
+from longtake.train.encode_plan import plan_encode
 from longtake.train.runs import load_vae
 
 from .conftest import Road, small_text
@@ -107,6 +108,16 @@ def test_segments_that_the_clips_cannot_have(road: Road, tmp_path: Path) -> None
             options = replace(small_text(), segments=(name,))
             encode_shards(road.vae, road.pixels, tmp_path / "x", options)
     assert not list(tmp_path.iterdir())
+
+
+def test_clips_have_the_segments_that_they_are_long_enough_for(road: Road) -> None:
+    loaded = load_vae(road.vae)
+    buckets = [BucketConfig(frames, 16, 16, 2) for frames in (1, 5, 9)]
+    config = replace(loaded.config, data=replace(loaded.config.data, buckets=buckets))
+    options = replace(small_text(), segments=("last", "suffix:5"))
+    plan = plan_encode(replace(loaded, config=config), road.pixels, options)
+    names = {n: [segment.name for segment in plan.segments_of(n)] for n in (1, 5, 9)}
+    assert names == {1: [], 5: ["last"], 9: ["last", "suffix:5"]}
 
 
 def test_latents_that_are_not_finite_are_counted(

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from longtake.data.plan import Plan
 from longtake.data.plan.val_plan import ValPlan
 from longtake.models.conditioning import GivenFrames
 from longtake.models.cost import forward_flops
+from longtake.models.sampler import Given, SamplerConfig, sample
+from longtake.models.tokens import Segment
 from longtake.train.codec import load_codec
 from longtake.train.config import parse_config
 from longtake.train.dit_task import DiTTask
@@ -119,6 +122,33 @@ def test_training_and_sampling_are_shown_the_same(
                 torch.testing.assert_close(
                     ours.latents, theirs.latents[0], rtol=1e-2, atol=2e-2
                 )  # bf16
+
+
+def test_the_sampler_asks_what_training_taught(task: DiTTask) -> None:
+    """At pure noise both call the DiT alike: the same answer, in a pack and in a batch."""
+    batch, answers = replace(joined_batch(task), clips=joined_batch(task).clips[:2]), []
+    for name in GIVING:
+        drawn = [replace(task.conditions.fixed(name, LATENTS), level=0.25)] * 2
+        noised = task._noise(batch, torch.ones(2), drawn)
+        rows = task.captions.whole(batch.clips)
+        text = task.module.encode(rows)
+        segments = [
+            Segment(torch.stack([s.latents for s in both]), both[0].start)
+            for both in zip(*noised.segments, strict=True)
+        ]
+        assert [s.start for s in segments] == [run.start for run in drawn[0].frames.segments]
+
+        def dit(*args: Any, **conditions: Any) -> torch.Tensor:
+            answers.append(task.module.dit(*args, **conditions))
+            return answers[-1]
+
+        sample(
+            *(dit, noised.noise, text),
+            config=SamplerConfig(steps=1, guidance_scale=1.0),
+            given=Given(noised.clean, noised.given, task.patch_size, 0.25, segments),
+        )
+        taught = task._predict(engine_of(task), noised, rows)
+        torch.testing.assert_close(answers[-1], taught, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch(task: DiTTask) -> None:
