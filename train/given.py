@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -148,20 +149,18 @@ def stored_name(task: str, run: range, stride: int) -> str:
 
 def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
     """The pieces that the tasks of a run may take from latents, at any of their draws."""
-    patch, names = config.model.patch_size[0], {}
-    for bucket in config.data.buckets:
+    patch, names = config.model.patch_size[0], []
+    for bucket, task in product(config.data.buckets, config.trained_tasks):
         count = manifest.latent_shape((bucket.frames, bucket.height, bucket.width))[1]
-        for task in config.trained_tasks:
-            for share in range(0 if unfit(task, count, patch) else count):
-                draw = partial(_constant, share / count)  # so many reach every length
-                frames = given_frames(task, count, patch=patch, is_causal=True, draw=draw)
-                for run in frames.segments:
-                    names[stored_name(task, run, manifest.strides[0])] = True
-    return list(names)
-
-
-def _constant(value: float, purpose: str) -> float:
-    return value
+        for number in range(0 if unfit(task, count, patch) else count):  # reach every length
+            given = given_frames(
+                *(task, count),
+                patch=patch,
+                is_causal=True,
+                draw=lambda purpose, u=number / count: u,
+            )
+            names += [stored_name(task, run, manifest.strides[0]) for run in given.segments]
+    return list(dict.fromkeys(names))
 
 
 def check_lengths(config: DiTRun, codec: Codec) -> None:
