@@ -164,7 +164,6 @@ def _resolve_precision(tree: dict[str, Any]) -> None:
 def _check_run(config: VAERun | DiTRun) -> None:
     check_data_config(config.data)
     require(len(config.data.train) > 0, "data.train is empty: name at least one dataset")
-    require(not config.data.pack, "data.pack=true: the stages take one bucket per micro-batch")
     require(
         not config.optim.muon or config.engine.strategy == "ddp",
         f"optim.muon={config.optim.muon} needs whole matrices on every rank: engine.strategy=ddp, "
@@ -172,6 +171,7 @@ def _check_run(config: VAERun | DiTRun) -> None:
     )
     if isinstance(config, VAERun):
         require(not config.export.required, "export.required=true holds for stage=dit only")
+        require(not config.data.pack, "data.pack=true holds for stage=dit only: set it to false")
         return
     model, text = config.model, config.text
     require(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ NUM_BINS = 5  # of noise levels, in the training loss
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch at the noise levels its samples drew."""
+    """Samples of one size at the noise levels they drew."""
 
     clean: Tensor  # (B, C, T, H, W)
     noise: Tensor
@@ -50,8 +50,8 @@ class Noised:
     known: Tensor  # (B,) level of what is given
     segments: Sequence[Sequence[Segment]]  # of each sample, beside its latents
 
-    def pack(self) -> list[Video]:
-        """The samples as the DiT takes those which are given different segments."""
+    def videos(self) -> list[Video]:
+        """The samples as the DiT takes those of a pack."""
         index = [None] * len(self.t) if self.level_index is None else self.level_index
         return [Video(*one) for one in zip(self.noisy, index, self.segments, strict=True)]
 
@@ -66,6 +66,10 @@ class DiTTask:
         self.adversary = None
         self.captions = CaptionRows(config, device)
         self.conditions = Conditions(config, codec)
+        self.in_packs = config.data.pack or self.conditions.has_segments
+        # One compiled graph serves packs that are padded alike.
+        pads = config.data.pack and config.speed.compile and not self.conditions.has_segments
+        self.budget = config.data.cost.max_tokens if pads else None
         self.module = TextToVideo.from_config(config)
         self.module.dit.set_checkpointing(config.speed.checkpointing)
         if config.speed.compile:
@@ -97,12 +101,11 @@ class DiTTask:
         drawn = [self.conditions.draw(sample, batch.step) for sample in batch.samples]
         noised = self._noise(batch, t, drawn)
         text, are_cut = self.captions.training(batch.clips)
-        output = self._predict(engine, noised, text)
-        errors = self._error(output, noised)  # (B,) sums over noisy tokens
+        errors = self._errors(engine, noised, text)
         counts = torch.tensor(self._num_noisy(batch), device=self.device)
         sums = errors / counts if self.config.loss.weighting == "sample" else errors
         if self.config.loss.min_snr_gamma is not None:
-            sums = sums * min_snr_weight(noised.t, self.config.loss.min_snr_gamma)
+            sums = sums * min_snr_weight(t.to(self.device), self.config.loss.min_snr_gamma)
         cut = torch.tensor(are_cut, device=self.device).float()
         first = torch.zeros(len(cut), dtype=torch.long)
         share = Grouped.of(["captions_cut"], first, cut, torch.ones_like(cut))
@@ -154,8 +157,8 @@ class DiTTask:
         for level in self.config.validation.noise_levels:
             t = torch.full((len(batch.clips),), level)
             noised = self._noise(batch, t, drawn, purpose=f"validation-{level}")
-            sums = self._error(self._predict(engine, noised, text), noised)
-            tokens = num_noisy_tokens(noised.given[0], self.patch_size)
+            sums = self._errors(engine, noised, text)
+            tokens = num_noisy_tokens(noised[0].given[0], self.patch_size)
             losses[level] = sums.double().sum().item() / tokens
         return losses
 
@@ -181,28 +184,45 @@ class DiTTask:
         stored = self.conditions.segments(clip, drawn)
         return [replace(segment, latents=segment.latents.to(self.device)) for segment in stored]
 
-    def _predict(self, engine: Engine, noised: Noised, text: Sequence[Tensor]) -> Tensor:
-        """One forward, whatever the samples are given: ranks must run the same modules."""
-        if self.conditions.has_segments:
-            pack = noised.pack()
-            return torch.stack(engine(pack, noised.t, text, noised.levels, extra_t=noised.known))
-        return engine(noised.noisy, noised.t, text, noised.levels, noised.level_index)
-
-    def _error(self, output: Tensor, noised: Noised) -> Tensor:
-        return flow_loss(
-            output,
-            noised.clean,
-            noised.noise,
-            noised.t,
-            noised.given,
-            prediction=self.prediction,
-            patch_size=self.patch_size,
+    def _errors(self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor]) -> Tensor:
+        """Sums over the noisy tokens of each sample (B,)."""
+        outputs = self._predict(engine, parts, text)
+        return torch.cat(
+            [
+                flow_loss(
+                    *(output, part.clean, part.noise, part.t, part.given),
+                    prediction=self.prediction,
+                    patch_size=self.patch_size,
+                )
+                for output, part in zip(outputs, parts, strict=True)
+            ]
         )
+
+    def _predict(
+        self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Of each part, in one forward whatever they are: ranks must run the same modules."""
+        if not self.in_packs:
+            (only,) = parts
+            return [engine(only.noisy, only.t, text, only.levels, only.level_index)]
+        t, known = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "known"))
+        videos = [video for part in parts for video in part.videos()]
+        levels = torch.stack((t, known), 1)
+        found = iter(engine(videos, t, text, levels, extra_t=known, budget=self.budget))
+        return [torch.stack(list(islice(found, len(part.t)))) for part in parts]
 
     def _noise(
         self, batch: Batch, t: Tensor, drawn: Sequence[Drawn], *, purpose: str = "noise"
-    ) -> Noised:
-        """The batch at levels t (B,), which are on the CPU as all draws are."""
+    ) -> list[Noised]:
+        """The samples at levels t (B,), which are on the CPU as all draws are: all together, or
+        each for itself where sizes differ."""
+        if len({sample.shape for sample in batch.samples}) == 1:
+            return [self._noise_alike(batch, t, drawn, purpose)]
+        alone = [replace(batch, clips=[clip]) for clip in batch.clips]
+        each = zip(alone, t.split(1), drawn, strict=True)
+        return [self._noise_alike(one, level, [what], purpose) for one, level, what in each]
+
+    def _noise_alike(self, batch: Batch, t: Tensor, drawn: Sequence[Drawn], purpose: str) -> Noised:
         clean = self.clean(batch)
         noise = normal_draws(batch.samples, tuple(clean.shape[1:]), purpose).to(self.device)
         masks = masks_of(drawn, self.conditions.latent_shape(batch.samples[0]))  # on the CPU

@@ -93,6 +93,7 @@ def check(config: VAERun | DiTRun) -> Prepared:
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_folder(config, folder)
     _check_latents(config)
+    _check_packs(config)
     plan = Plan.from_config(config.data, config.seed)
     validation = _validation(config, plan)
     _check_kinds(config, plan, validation)
@@ -144,6 +145,20 @@ def _check_latents(config: VAERun | DiTRun) -> None:
             f"model.text_dim={config.model.text_dim} must be {width}, the width of the cached text "
             f"in data.train.0.path={config.data.train[0].path} (and text.d_model with it)",
         )
+
+
+def _check_packs(config: VAERun | DiTRun) -> None:
+    """What the plan counts as a token must be one of the model: it bounds the packs."""
+    if not config.data.pack or not isinstance(config, DiTRun):
+        return
+    is_identity = config.codec == "identity"
+    strides = (1, 1, 1) if is_identity else read_manifest(config.data.train[0].path).strides
+    token = [s * p for s, p in zip(strides, config.model.patch_size, strict=True)]
+    require(
+        list(config.data.cost.token) == token,
+        f"data.cost.token={list(config.data.cost.token)} must be {token} with data.pack=true: what "
+        "one token of the model covers, in frames and pixels",
+    )
 
 
 def _validation(config: VAERun | DiTRun, plan: Plan) -> ValPlan | None:

@@ -52,11 +52,12 @@ class TextToVideo(nn.Module):
         levels: Tensor | None = None,
         level_index: Tensor | None = None,
         extra_t: Tensor | None = None,
+        budget: int | None = None,
     ) -> Tensor | list[Tensor]:
         """latents (B, C, T, H, W), t (B,) -> prediction (B, C, T, H, W); levels as for the DiT.
 
         Or a pack, B videos of any sizes with what is given beside them, at `extra_t` (B,) -> as
-        many predictions (C, T, H, W).
+        many predictions (C, T, H, W); `budget` pads it, see the DiT.
         """
         text = self.encode(rows)
         return self.dit(
@@ -64,6 +65,7 @@ class TextToVideo(nn.Module):
             levels=levels,
             level_index=level_index,
             extra_t=extra_t,
+            budget=budget,
         )
 
 
