@@ -16,7 +16,8 @@ import math
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; raised on all ranks alike."""
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the last so many, and those whose step divides by `every`."""
+
+    last: int = 0  # 0 keeps all
+    every: int = 0  # 0 keeps none for its step
+
+    def has_for_ever(self, step: int) -> bool:
+        """Whether the checkpoint of `step` stays however old it becomes."""
+        return self.last == 0 or (self.every > 0 and step % self.every == 0)
+
+    def stay(self, older: Sequence[int]) -> set[int]:
+        """Which of the steps before the newest, `older`, newest first, stay beside it."""
+        return {*older[: max(0, self.last - 1)], *filter(self.has_for_ever, older)}
+
+
 def save(
     folder: Path,
     step: int,
@@ -65,27 +82,25 @@ def save(
     config: dict[str, Any],
     *,
     adversary: Opponent | None = None,
-    keep_last: int = 0,
-    keep_every: int = 0,
+    keep: Keep = Keep(),
 ) -> Path:
     """Writes the checkpoint of `step` into `folder`; all ranks together. Returns its path.
 
     adversary: its engine's state goes under kinds of its own, its figures belong in train_state.
     train_state, config: JSON; train_state["samples_seen"] is copied into the manifest.
-    keep_last, keep_every: see `prune`.
     Errors: CheckpointError on all ranks, naming the cause (disk full, read-only folder, ...);
     then nothing of the new checkpoint is left and the older ones are untouched.
     """
     snapshot = take_snapshot(engine, ema, adversary, train_state, config)
     path = write(folder, step, snapshot, engine.ranks)
-    prune(folder, step, keep_last, keep_every, engine.ranks)
+    prune(folder, step, keep, engine.ranks)
     return path
 
 
 def write(folder: Path, step: int, snapshot: Snapshot, ranks: Ranks) -> Path:
     """Writes a snapshot as `folder/step-%08d`; all ranks together. Errors as `save`."""
     folder = Path(folder)
-    final = folder / f"step-{step:08d}"
+    final = folder / step_name(step)
     unfinished = folder / f"{UNFINISHED}{final.name}"
 
     def make_folder() -> None:
@@ -193,21 +208,20 @@ def put_in_place(unfinished: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(folder: Path, step: int, keep_last: int, keep_every: int, ranks: Ranks) -> None:
-    """Deletes checkpoints older than `step` beyond `keep_last` (0 keeps all), if that of `step`
-    verifies; those whose step divides by `keep_every` stay (0: none for that)."""
+def prune(folder: Path, step: int, keep: Keep, ranks: Ranks, spare: int | None = None) -> None:
+    """Deletes the checkpoints older than `step` that need not be kept, if that of `step` verifies.
+
+    spare: a step whose files rank 0 still needs.
+    """
     surplus: list[str] = []
-    if ranks.is_main and keep_last:
+    if ranks.is_main:
         older = [(number, path) for number, path in list_steps(folder) if number < step]
-        surplus = [
-            str(path)
-            for number, path in older[keep_last - 1 :]
-            if not keep_every or number % keep_every
-        ]
+        stay = keep.stay([number for number, _ in older]) | {spare}
+        surplus = [str(path) for number, path in older if number not in stay]
     surplus = ranks.broadcast(surplus)
     if not surplus:
         return
-    problems = verify(folder / f"step-{step:08d}", ranks)
+    problems = verify(folder / step_name(step), ranks)
     if problems:
         logger.warning("older checkpoints stay, the new one is damaged: %s", "; ".join(problems))
         return
@@ -216,6 +230,11 @@ def prune(folder: Path, step: int, keep_last: int, keep_every: int, ranks: Ranks
             gone = path.with_name(f"{UNFINISHED}{path.name}")  # no longer a checkpoint, at once
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
 
 
 def list_steps(folder: Path) -> list[tuple[int, Path]]:
@@ -285,6 +304,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         text = f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
         raise CheckpointError(text)
+    if any(Path(name).name != name for name in manifest["files"]):  # it came over a network, maybe
+        raise CheckpointError(f"{MANIFEST} names files outside its folder")
     return manifest
 
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtake.train.checkpoint import prune, write
+from longtake.train.checkpoint import Keep, prune, write
+from longtake.train.checkpoint_copy import CheckpointCopies
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks
 from longtake.train.snapshot import Snapshot, take_snapshot
 from longtake.train.tasks import Opponent
 
-LEAVE_SECONDS = 60.0  # that a failed run gives the checkpoint under way
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay: the last so many, and those whose step divides by `every`."""
-
-    last: int  # 0 keeps all
-    every: int  # 0 keeps none for its step
+LEAVE_SECONDS = 60.0  # that a failed run gives the checkpoint under way, and its copy
 
 
 class BackgroundWriter:
@@ -30,8 +22,10 @@ class BackgroundWriter:
     All ranks build it together, and call `start` and `finish` alike.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: Keep) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(
+        self, folder: Path, ranks: Ranks, keep: Keep, copies: CheckpointCopies | None = None
+    ) -> None:
+        self.folder, self.keep, self.copies = folder, keep, copies
         self._ranks = ranks.beside()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint writer")
         self._job: Future[None] | None = None
@@ -58,7 +52,10 @@ class BackgroundWriter:
 
     def _write(self, step: int, snapshot: Snapshot) -> None:
         write(self.folder, step, snapshot, self._ranks)
-        prune(self.folder, step, self.keep.last, self.keep.every, self._ranks)
+        if self.copies is not None:
+            self.copies.start(step)
+        in_hand = self.copies.in_hand if self.copies is not None else None
+        prune(self.folder, step, self.keep, self._ranks, spare=in_hand)
 
     def problem(self) -> str:
         """Why the last checkpoint was not written; empty while all is well, or not known yet."""
@@ -71,8 +68,13 @@ class BackgroundWriter:
         if job is not None:
             job.result()
 
-    def close(self) -> None:
-        """End the thread; what is under way gets some time, though other ranks may be gone."""
+    def close(self, *, failed: bool = False) -> None:
+        """End the thread; what is under way gets some time, though other ranks may be gone.
+
+        A run that has not `failed` waits until its last checkpoint is copied.
+        """
         if self._job is not None:
             wait([self._job], LEAVE_SECONDS)
         self._thread.shutdown(wait=False)
+        if self.copies is not None:
+            self.copies.close(LEAVE_SECONDS if failed else None)

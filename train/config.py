@@ -40,6 +40,7 @@ FREE_KEYS = (
         "train.max_skips",
         "train.keep_last",
         "train.keep_every",
+        "train.checkpoint_copy",
         "train.max_same_step",
         "train.cost_per_hour",
         "train.peak_tflops",

@@ -29,10 +29,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def beside(self) -> Ranks:
+    def beside(self, timeout: timedelta | None = None) -> Ranks:
         """The same ranks on a group of their own, for another thread; all ranks together."""
-        alone = self.world_size == 1
-        return self if alone else replace(self, group=dist.new_group(backend="gloo"))
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -45,6 +45,7 @@ class TrainConfig:
     loss_jump: float  # a loss so many times the recent median rewinds the run; 0: never
     max_rewinds: int  # returns to a checkpoint; then the run fails
     keep_every: int = 0  # steps; checkpoints at their multiples are never deleted; 0: none
+    checkpoint_copy: str | None = None  # folder or URL that checkpoints are copied to; null: none
     max_skips: int = 5  # steps skipped in a row; then back to the last checkpoint; 0: never
     hang_factor: float = 20.0  # a step of so many times the median hangs; 0: nobody watches
     hang_seconds: float = 300.0  # but never one that is shorter than this

@@ -24,7 +24,8 @@ from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.attempts import Attempts
-from longtake.train.checkpoint_writer import BackgroundWriter, Keep
+from longtake.train.checkpoint_copy import CheckpointCopies, copy_url
+from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.checks import require
 from longtake.train.codec import check_text, keep_manifest, load_codec
 from longtake.train.config import (
@@ -54,7 +55,7 @@ from longtake.train.run_folder import (
     mark,
     read_marker,
 )
-from longtake.train.runs import RunPlace, pick_device
+from longtake.train.runs import RunPlace, pick_device, read_run_config
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.step_times import StepTimes
 from longtake.train.tasks import Opponent, Task
@@ -90,6 +91,8 @@ def check(config: VAERun | DiTRun) -> Prepared:
     require(bool(config.output_dir.strip()), "output_dir is empty: name a folder")
     folder = Path(config.output_dir).absolute()
     require(not folder.exists() or folder.is_dir(), f"output_dir={folder} is not a folder")
+    if config.train.checkpoint_copy is not None:
+        copy_url(config.train.checkpoint_copy, folder)
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_folder(config, folder)
     _check_latents(config)
@@ -112,11 +115,15 @@ def _check_folder(config: VAERun | DiTRun, folder: Path) -> None:
         )
     if config.resume == "force" or not checkpoint.list_steps(folder / CHECKPOINTS):
         return  # nothing that another config would contradict
-    changes = training_changes(to_tree(load_config(folder / CONFIG)), to_tree(config))
+    _refuse_changes(load_config(folder / CONFIG), config, folder)
+
+
+def _refuse_changes(old: VAERun | DiTRun, new: VAERun | DiTRun, where: Path) -> None:
+    changes = training_changes(to_tree(old), to_tree(new))
     if changes:
         listed = "\n  ".join(changes)
         raise ValueError(
-            f"{folder} was started with another config; these keys would change the training:\n"
+            f"{where} was started with another config; these keys would change the training:\n"
             f"  {listed}\nset them back, use resume=force to go on all the same, or give another "
             "output_dir"
         )
@@ -195,7 +202,8 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     config, folder, plan = prepared.config, prepared.folder, prepared.plan
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks)
-    last = checkpoint.find_last_good(folder / CHECKPOINTS, ranks)
+    writer = _open_writer(config, folder, ranks)
+    last = _find_last(config, writer, ranks)
     started = _start(task, config) if last is None else []
     if isinstance(config, DiTRun) and config.lora is not None:
         add_adapters(task.module, config.lora)
@@ -235,9 +243,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         validation=Validation(prepared.validation, config, ranks),
         quarantine=quarantine,
         spikes=spikes,
-        writer=BackgroundWriter(
-            folder / CHECKPOINTS, ranks, Keep(config.train.keep_last, config.train.keep_every)
-        ),
+        writer=writer,
         attempts=attempts,
         attempt=ranks.broadcast(attempts.number if attempts else None),
         tracker=tracker,
@@ -250,6 +256,28 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         samples_seen=state["samples_seen"],
         data_hash=state["data_hash"],
     )
+
+
+def _open_writer(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> BackgroundWriter:
+    train, checkpoints = config.train, folder / CHECKPOINTS
+    keep, copies = checkpoint.Keep(train.keep_last, train.keep_every), None
+    if train.checkpoint_copy is not None:
+        url = copy_url(train.checkpoint_copy, folder)
+        copies = CheckpointCopies(checkpoints, url, ranks, keep, config.data.cache)
+    return BackgroundWriter(checkpoints, ranks, keep, copies)
+
+
+def _find_last(config: VAERun | DiTRun, writer: BackgroundWriter, ranks: Ranks) -> Path | None:
+    """The last good checkpoint of the run folder, or of its copies where these go further."""
+    here = checkpoint.find_last_good(writer.folder, ranks)
+    if writer.copies is None:
+        return here
+    if config.resume == "never" and writer.copies.whole_steps():
+        raise ValueError(
+            f"resume=never, but {writer.copies.url} already holds checkpoints: choose another "
+            "train.checkpoint_copy, or resume=auto"
+        )
+    return writer.copies.fetch_newer(here)
 
 
 def _world(
@@ -305,6 +333,9 @@ def _resume(
     prepared: Prepared, path: Path, engine: Engine, ema: Ema, adversary: Opponent | None
 ) -> dict[str, Any]:
     """State of a good checkpoint, its tensors now in engine and EMA."""
+    if prepared.config.resume != "force":  # one that was fetched knows more than the run folder
+        place = RunPlace(prepared.folder, path, 0)
+        _refuse_changes(read_run_config(place), prepared.config, path)
     state = checkpoint.load_into(path, engine, ema, adversary)
     steps = prepared.config.train.steps
     step = state["step"]

@@ -293,6 +293,8 @@ class Training:
         times, by_rank = self.times.read()
         full = {**row, "samples_seen": self.samples_seen, **self.losses.read(self.ranks), **times}
         full["quarantined"] = self.quarantine.num_samples
+        if self.writer.copies is not None:
+            full["copy_failures"] = self.writer.copies.failures
         if self.attempts is not None:
             seconds = self.attempts.seconds()
             full["goodput"] = self.times.useful / self.attempts.since_first_start()
@@ -316,7 +318,7 @@ class Training:
     def close(self, exit_code: int) -> None:
         """Give back the terminal, the signals and the tracker."""
         self.watchdog.close()
-        self.writer.close()
+        self.writer.close(failed=exit_code not in (0, 75))
         self.console.close()
         self.signals.restore()
         if self.tracker is not None:

@@ -1,7 +1,10 @@
-"""A folder on a store that fsspec opens: sizes, files and byte ranges, tried again with pauses."""
+"""A folder on a store that fsspec opens: read by files and byte ranges, written by whole files; all
+is tried again with pauses."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -28,7 +31,7 @@ class MissingFile(StorageError, FileNotFoundError):
 
 
 class RemoteFolder:
-    """Reads from `url`. Threads may share it, processes may not: connections do not survive forks.
+    """The folder `url`. Threads may share it, processes may not: connections do not survive forks.
 
     Raises (all methods):
         StorageError: after the last try, or at once where another one cannot help (403, a server
@@ -42,6 +45,8 @@ class RemoteFolder:
         if url.startswith(_HTTP):
             # Offsets count bytes of the file, not of a compressed transfer.
             options["headers"] = {**_configured_headers(url), "Accept-Encoding": "identity"}
+        elif url.startswith("file:"):
+            options["auto_mkdir"] = True  # as on the other stores, where folders are mere names
         self.url = url
         self._cache = cache
         self._fs, self._path = url_to_fs(url, **options)
@@ -84,9 +89,19 @@ class RemoteFolder:
 
     def names(self) -> list[str]:
         """What the folder lists, sorted, without the folders in it."""
-        entries = self._patiently("", lambda: self._fs.ls(self._path, detail=True, **self._limits))
-        names = {entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file"}
-        return sorted(map(unquote, names) if self.url.startswith(_HTTP) else names)
+        return self._listed("file")
+
+    def folders(self) -> list[str]:
+        """The folders that the folder lists, sorted."""
+        return self._listed("directory")
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        try:
+            self.size(name)
+        except MissingFile:
+            return False
+        return True
 
     def download(self, name: str, path: str) -> None:
         """Copy a file of any size to a local path, piece by piece."""
@@ -96,6 +111,34 @@ class RemoteFolder:
         with open(path, "wb") as file:
             for start in range(0, size, _PIECE):
                 file.write(self.read_range(name, start, min(start + _PIECE, size)))
+
+    def upload(self, path: str, name: str) -> None:
+        """Copy a local file of any size here; StorageError also where it did not arrive whole."""
+        self._write(name, lambda: self._fs.put_file(path, self._full(name)))
+        sent, arrived = os.path.getsize(path), self.size(name)
+        if arrived != sent:
+            raise StorageError(f"{self.url}/{name}: {arrived} of {sent} bytes arrived")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        self._write(name, lambda: self._fs.pipe_file(self._full(name), data))
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder with all that is in it; one that is not there is no error."""
+        with suppress(MissingFile):
+            self._patiently(name, lambda: self._fs.rm(self._full(name), recursive=True))
+
+    def _write(self, name: str, work: Callable[[], object]) -> None:
+        try:
+            self._patiently(name, work)
+        except MissingFile as error:  # not the file, which is new, but what it should lie in
+            raise StorageError(f"{self.url}/{name}: {error.__cause__}") from error
+
+    def _listed(self, kind: str) -> list[str]:
+        entries = self._patiently("", lambda: self._fs.ls(self._path, detail=True, **self._limits))
+        found = [entry["name"].rstrip("/") for entry in entries if entry["type"] == kind]
+        names = {name.rsplit("/", 1)[-1] for name in found}
+        return sorted(map(unquote, names) if self.url.startswith(_HTTP) else names)
 
     def _full(self, name: str) -> str:
         return (

@@ -34,6 +34,7 @@ __all__ = [
     "local_copy",
     "parse_root",
     "read_file",
+    "require_package",
 ]
 
 Root = Path | str
@@ -81,11 +82,12 @@ def parse_root(text: str | Path) -> Root:
             f"{name}://{parts.hostname}{parts.path}: a URL must have no query, fragment or "
             "password; fsspec reads credentials from the environment and from ~/.config/fsspec"
         )
-    _require_package(name)
+    require_package(name)
     return text.rstrip("/")
 
 
-def _require_package(scheme: str) -> None:
+def require_package(scheme: str) -> None:
+    """ValueError where fsspec does not know the scheme, or its package is not installed."""
     from fsspec import get_filesystem_class
 
     try:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from torch import nn
 
-from longtake.train.checkpoint import save
-from longtake.train.checkpoint_writer import BackgroundWriter, Keep
+from longtake.train.checkpoint import Keep, save
+from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import Engine, EngineConfig, single_process
 from longtake.train.runs import pick_device
@@ -53,7 +53,7 @@ def main() -> None:
             stalls.append(seconds(partial(writer.start, step, engine, ema, None, {}, {})))
             writer.finish()
             blocking.append(
-                seconds(lambda n=step: save(other, n, engine, ema, {}, {}, keep_last=1))
+                seconds(lambda n=step: save(other, n, engine, ema, {}, {}, keep=Keep(1)))
             )
     finally:
         writer.close()

@@ -13,8 +13,15 @@ import pytest
 import torch
 
 from longtake.train import checkpoint, range_files
-from longtake.train.checkpoint import CheckpointError, find_last_good, load_full, load_into, save
-from longtake.train.checkpoint_writer import BackgroundWriter, Keep
+from longtake.train.checkpoint import (
+    CheckpointError,
+    Keep,
+    find_last_good,
+    load_full,
+    load_into,
+    save,
+)
+from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.ema import Ema, EmaConfig
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from tests.train import tiny
@@ -39,7 +46,7 @@ def save_steps(folder: Path, steps: range, *, keep_last: int = 0) -> tuple[Engin
     for step in steps:
         tiny.train(engine, range(step, step + 1), ema=ema)
         state = {"step": step, "samples_seen": 11 * step}
-        save(folder, step, engine, ema, state, CONFIG, keep_last=keep_last)
+        save(folder, step, engine, ema, state, CONFIG, keep=Keep(keep_last))
     return engine, ema
 
 
@@ -374,7 +381,7 @@ def test_nothing_is_deleted_when_the_new_one_is_damaged(
         put_in_place(unfinished, final)
 
     monkeypatch.setattr(checkpoint, "put_in_place", put_damaged)
-    save(tmp_path, 3, engine, ema, {}, CONFIG, keep_last=1)
+    save(tmp_path, 3, engine, ema, {}, CONFIG, keep=Keep(1))
     assert steps_in(tmp_path) == [2, 3]
     assert "older checkpoints stay" in caplog.text
     assert find_last_good(tmp_path) == tmp_path / "step-00000002"
@@ -383,7 +390,7 @@ def test_nothing_is_deleted_when_the_new_one_is_damaged(
 def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
     engine, ema = save_steps(tmp_path, range(1, 4))
     damage_flipped_byte(tmp_path / "step-00000003")
-    save(tmp_path, 2, engine, ema, {"again": True}, CONFIG, keep_last=1)
+    save(tmp_path, 2, engine, ema, {"again": True}, CONFIG, keep=Keep(1))
     assert steps_in(tmp_path) == [2, 3]
     assert find_last_good(tmp_path) == tmp_path / "step-00000002"
     assert json.loads((tmp_path / "step-00000002" / "train_state.json").read_text()) == {
