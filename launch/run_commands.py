@@ -41,6 +41,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rendezvous", default="", help="HOST:PORT of node 0")
     parser.add_argument("--run-id", default="longtake", help="same name on every node of one run")
     parser.add_argument(
+        "--interface", default="", help="network interface of all traffic between ranks, eth0"
+    )
+    parser.add_argument(
         "--max-restarts", type=int, default=0, help="starts after a rank was killed or has failed"
     )
     parser.add_argument(
@@ -59,6 +62,7 @@ def run_train(args: argparse.Namespace) -> int:
         rendezvous=args.rendezvous,
         run_id=args.run_id,
         max_restarts=args.max_restarts,
+        interface=args.interface,
     )
     config = compose(args.overrides)  # a typo must fail here, not on every rank
     if args.dry_run:

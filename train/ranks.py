@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longtake.train.interfaces import listen_on_one
+
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
@@ -89,7 +91,9 @@ def init_distributed(device: str = "cpu", timeout: float = 1800.0) -> Ranks:
     rank = int(os.environ["RANK"])
     if not dist.is_initialized():
         limit = timedelta(seconds=timeout)
+        held = listen_on_one(int(os.environ["MASTER_PORT"])) if rank == 0 else None
         dist.init_process_group(BACKENDS[device], rank=rank, world_size=world_size, timeout=limit)
+        del held
     return Ranks(rank, world_size, local_rank, this_device)
 
 

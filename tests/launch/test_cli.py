@@ -9,7 +9,13 @@ import pytest
 
 from longtake.launch import cli
 from longtake.launch.command import names, positive, size
-from longtake.launch.torchrun import Launch, exit_code, preemption_stamp, torchrun_argv
+from longtake.launch.torchrun import (
+    Launch,
+    exit_code,
+    preemption_stamp,
+    torchrun_argv,
+    torchrun_environment,
+)
 
 COMMAND_NAMES = [command.name for command in cli.COMMANDS]
 
@@ -99,8 +105,22 @@ def test_torchrun_argv() -> None:
     assert alone[-3:] == ["-m", "longtake.train", "experiment=demo_dit"]
     assert any("SIGUSR1" in part for part in alone)
     two = torchrun_argv(Launch(8, 2, 1, "node0:29500", "run7"), [])
-    assert {"--nnodes=2", "--node-rank=1", "--rdzv-endpoint=node0:29500"} <= set(two)
+    assert {"--nnodes=2", "--rdzv-conf=is_host=0", "--rdzv-endpoint=node0:29500"} <= set(two)
     assert "--standalone" not in two
+    bound = torchrun_argv(Launch(2, interface="lo"), [])
+    assert {"--nnodes=1", "--rdzv-conf=is_host=1", "--local-addr=127.0.0.1"} <= set(bound)
+    assert any(word.startswith("--rdzv-endpoint=127.0.0.1:") for word in bound)
+    assert torchrun_environment("lo").items() >= {
+        *(("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_SOCKET_IFNAME", "lo")),
+        ("LONGTAKE_BIND_ADDRESS", "127.0.0.1"),
+    }
+
+
+def test_an_interface_must_be_one_of_this_machine() -> None:
+    with pytest.raises(ValueError, match=r"--interface eth77 must be one .* \(lo\b"):
+        Launch(2, interface="eth77")
+    with pytest.raises(ValueError, match=r"by the address of --interface lo, 127\.0\.0\.1"):
+        Launch(1, 2, 0, "127.0.0.7:29400", interface="lo")
 
 
 @pytest.mark.parametrize(("nodes", "rank", "where"), [(2, 0, ""), (2, 2, "h:1"), (1, 1, "")])

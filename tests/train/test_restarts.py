@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from longtake.launch.torchrun import Launch, torchrun_argv, torchrun_environment
+from longtake.train.checkpoint import load_full
 from longtake.train.main import run
 from longtake.train.ranks import shutdown
 from longtake.train.run_folder import PREEMPTED, mark, read_marker
 from longtake.train.trainer import Training
-from tests.train.forked import import_before_fork, run_ranks
+from tests.train.forked import free_port, import_before_fork, run_ranks
 from tests.train.tiny_runs import (
+    kill_group,
     kill_or_leave,
     losses,
     options,
     start_command,
     train_here,
+    train_on_rank,
     tree,
     wait_for,
     write_clips,
@@ -150,3 +154,48 @@ def test_a_finished_run_exits_0_fifty_times(shards: Path, tmp_path: Path) -> Non
     for _ in range(NUM_FINISHED):
         with pytest.raises(FileNotFoundError):  # all exit codes are 0; the ranks report nothing
             run_ranks(2, finish, command)
+
+
+def start_node(rank: int, port: int, words: list[str], cwd: Path) -> Any:
+    """`longtake train` of one of two nodes; both are this machine."""
+    where = "--nnodes=2", f"--node-rank={rank}", f"--rendezvous=127.0.0.1:{port}"
+    return start_command(
+        words,
+        *("longtake.launch.cli", "train", *where, "--interface=lo", "--max-restarts=4"),
+        cwd=cwd,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("lost", [1, 0], ids=["another", "the first"])
+def test_a_lost_node_comes_back(shards: Path, tmp_path: Path, lost: int) -> None:
+    """The first node holds the rendezvous: the other one must find a new one there."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    more = "train.steps=60", "train.checkpoint_every=5", "data.num_workers=0", "tracking=jsonl"
+    port = free_port()
+    words = options(shards, folder, *more)
+    nodes = [start_node(rank, port, words, tmp_path) for rank in range(2)]
+    try:
+        wait_for(lambda: max(losses(folder), default=0) >= 12, nodes[0], 300)
+        killed_at, reached = time.monotonic(), max(losses(folder))
+        kill_group(nodes[lost])  # launcher and torchrun: the worker dies with its parent
+        nodes[lost].wait()
+        nodes[lost] = start_node(lost, port, words, tmp_path)
+        wait_for(lambda: rows_of(folder, 2) >= 1, nodes[1 - lost], 300)
+        print(
+            f"\nrecovery {time.monotonic() - killed_at:.1f} s, lost steps "
+            f"{reached + 1 - first_step_of(folder, 2)}"
+        )
+        assert [node.wait(300) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            kill_or_leave(node)
+    assert run_ranks(2, train_on_rank, options(shards, whole, *more)) == [0, 0]
+    for kind in ("param", "ema"):
+        mine, expected = (load_full(last_of(run), kind) for run in (folder, whole))
+        assert all(torch.equal(mine[name], expected[name]) for name in expected)
+
+
+def last_of(folder: Path) -> Path:
+    return folder / "checkpoints" / "step-00000060"
