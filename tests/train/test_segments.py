@@ -129,7 +129,7 @@ def test_the_sampler_asks_what_training_taught(task: DiTTask) -> None:
     batch, answers = replace(joined_batch(task), clips=joined_batch(task).clips[:2]), []
     for name in GIVING:
         drawn = [replace(task.conditions.fixed(name, LATENTS), level=0.25)] * 2
-        noised = task._noise(batch, torch.ones(2), drawn)
+        (noised,) = task._noise(batch, torch.ones(2), drawn)
         rows = task.captions.whole(batch.clips)
         text = task.module.encode(rows)
         segments = [
@@ -147,7 +147,7 @@ def test_the_sampler_asks_what_training_taught(task: DiTTask) -> None:
             config=SamplerConfig(steps=1, guidance_scale=1.0),
             given=Given(noised.clean, noised.given, task.patch_size, 0.25, segments),
         )
-        taught = task._predict(engine_of(task), noised, rows)
+        (taught,) = task._predict(engine_of(task), [noised], rows)
         torch.testing.assert_close(answers[-1], taught, rtol=1e-4, atol=1e-5)
 
 
@@ -187,7 +187,7 @@ def test_segments_are_read_and_bear_no_loss(task: DiTTask) -> None:
     clip.segments = {name: replace(s, latents=s.latents + 1) for name, s in clip.segments.items()}
     assert loss() != before  # the model sees it
     assert segment.start == 3
-    noised = task._noise(batch, torch.tensor([0.5]), drawn[number : number + 1])
+    (noised,) = task._noise(batch, torch.tensor([0.5]), drawn[number : number + 1])
     assert not noised.given.any()  # its place in the clip is to be generated
     torch.testing.assert_close(noised.noisy, (noised.clean + noised.noise) / 2)
 
@@ -199,8 +199,10 @@ def test_noise_on_segments_is_drawn_once_and_is_not_that_of_the_video(task: DiTT
     assert torch.equal(shown[1], shown[2])
     noise = 2 * shown[1] - shown[0]
     assert 0.7 < noise.std() < 1.3
-    video = task._noise(replace(joined_batch(task), clips=[clip]), torch.ones(1), [clean]).noise
-    assert torch.corrcoef(torch.stack((noise.flatten(), video[0, :, -1:].flatten())))[0, 1] < 0.3
+    (video,) = task._noise(replace(joined_batch(task), clips=[clip]), torch.ones(1), [clean])
+    assert (
+        torch.corrcoef(torch.stack((noise.flatten(), video.noise[0, :, -1:].flatten())))[0, 1] < 0.3
+    )
 
 
 def test_a_run_trains_resumes_exactly_and_draws(
