@@ -5,7 +5,7 @@ place by the plan's rule and reported in Batch.excluded; the next ones are not s
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
@@ -87,7 +87,7 @@ def digest_clips(clips: Sequence[Clip]) -> str:
     state = xxhash.xxh3_64()
     for clip in clips:
         state.update(json.dumps(_facts(clip)).encode())
-        for tensor in _tensors(clip).values():
+        for tensor in clip.tensors.values():
             state.update(tensor.contiguous().view(torch.uint8).numpy())
     return state.hexdigest()
 
@@ -170,7 +170,7 @@ class _Packed:
     descriptor of shared memory."""
 
     def __init__(self, batch: Batch) -> None:
-        alone = [_tensors(clip) for clip in batch.clips]
+        alone = [clip.tensors for clip in batch.clips]
         self._joined: dict[str, Tensor] = {}
         for name in alone[0] if alone else ():
             how = torch.cat if name == "text" else torch.stack
@@ -179,15 +179,15 @@ class _Packed:
                 self._joined[name] = joined
         self._lengths = [0 if clip.text is None else len(clip.text) for clip in batch.clips]
         nothing = dict.fromkeys(self._joined, _NOTHING)
-        self._batch = replace(batch, clips=[_with_tensors(clip, nothing) for clip in batch.clips])
+        self._batch = replace(batch, clips=[clip.with_tensors(nothing) for clip in batch.clips])
 
     def pin(self) -> Self:
         """In page-locked memory, from where copies to the GPU run beside other work."""
         self._joined = {name: tensor.pin_memory() for name, tensor in self._joined.items()}
         clips = []
         for clip in self._batch.clips:
-            alone = {n: t for n, t in _tensors(clip).items() if n not in self._joined}
-            clips.append(_with_tensors(clip, {n: t.pin_memory() for n, t in alone.items()}))
+            alone = {n: t for n, t in clip.tensors.items() if n not in self._joined}
+            clips.append(clip.with_tensors({n: t.pin_memory() for n, t in alone.items()}))
         self._batch = replace(self._batch, clips=clips)
         return self
 
@@ -196,28 +196,11 @@ class _Packed:
         clips = list(self._batch.clips)
         for name, joined in self._joined.items():
             parts = joined.split(self._lengths) if name == "text" else joined.unbind()
-            clips = [_with_tensors(c, {name: p}) for c, p in zip(clips, parts, strict=True)]
+            clips = [c.with_tensors({name: p}) for c, p in zip(clips, parts, strict=True)]
         return replace(self._batch, clips=clips)
 
 
 _NOTHING = torch.empty(0)  # stands where a clip's tensor travels in a joined one
-
-
-def _tensors(clip: Clip) -> dict[str, Tensor]:
-    """All tensors of a clip by name; segments as "segment.<name>"."""
-    named = {"video": clip.video, "latents": clip.latents, "text": clip.text}
-    named |= {f"segment.{name}": segment.latents for name, segment in clip.segments.items()}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-def _with_tensors(clip: Clip, tensors: Mapping[str, Tensor]) -> Clip:
-    """The clip with other tensors under some of the names of `_tensors`."""
-    segments = {
-        name: replace(segment, latents=tensors.get(f"segment.{name}", segment.latents))
-        for name, segment in clip.segments.items()
-    }
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("segment.")}
-    return replace(clip, segments=segments, **own)
 
 
 def _join(tensors: Sequence[Tensor | None], how: Any) -> Tensor | None:
@@ -258,7 +241,7 @@ class Loader:
     def describe(self) -> str:
         """What its workers have in hand and where they stand, for a look at a hang."""
         if self._workers is None:
-            return "no workers, samples are read in the training process"
+            return "no workers of this process"
         return f"{self._num_workers} workers\n{self._workers.describe()}"
 
     def __iter__(self) -> Iterator[list[Batch]]:

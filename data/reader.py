@@ -1,6 +1,6 @@
 """One planned sample: bytes, checked against the catalogue, to a clip."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -54,6 +54,22 @@ class Clip:
                 f"`longtake encode … --segments {everything}`"
             )
         return self.segments[name]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; segments as "segment.<name>"."""
+        named = {"video": self.video, "latents": self.latents, "text": self.text}
+        named |= {f"segment.{name}": segment.latents for name, segment in self.segments.items()}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Clip":
+        """The clip with other tensors under some of the names of `tensors`."""
+        segments = {
+            name: replace(segment, latents=tensors.get(f"segment.{name}", segment.latents))
+            for name, segment in self.segments.items()
+        }
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith("segment.")}
+        return replace(self, segments=segments, **own)
 
 
 class SampleReader:

@@ -51,9 +51,10 @@ def _plan_lines(config: VAERun | DiTRun, world_size: int) -> Iterator[str]:
         yield f"no plan, the run would end here: {error}"
         return
     yield plan.summary()
+    degree = config.engine.sequence_parallel  # ranks in a row that compute a slot together
     for step in range(min(NUM_STEPS, config.train.steps)):
         for rank in range(world_size):
-            for slot in rank_slots(plan.num_slots, rank, world_size):
+            for slot in rank_slots(plan.num_slots, rank // degree, world_size // degree):
                 batch = plan.micro_batch(step, slot)
                 shape = "x".join(map(str, batch.samples[0].shape))
                 keys = ", ".join(sample.key for sample in batch.samples)

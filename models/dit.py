@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -26,6 +27,7 @@ from longtake.models.attention import Documents, attention
 from longtake.models.fused import GatedAdd, ModulatedNorm, NormRotateHeads
 from longtake.models.layers import MLP, timestep_embedding, token_grid
 from longtake.models.tokens import Segment, Sequencer, TokenSequence, Video
+from longtake.models.ulysses import SharedTokens
 
 CHECKPOINTING = ("none", "selective", "full")
 # What selective checkpointing keeps: the results that are dear to compute again.
@@ -127,10 +129,15 @@ class SelfAttention(nn.Module):
         for gain in (self.norm_q, self.norm_k):
             nn.init.constant_(gain, max(1.0, (128 * self.num_heads / dim) ** 0.5))
 
-    def forward(self, x: Tensor, rope: Tensor, documents: Documents | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, documents: Documents | None, shared: SharedTokens | None
+    ) -> Tensor:
         weight = torch.stack((self.norm_q, self.norm_k))
         q, k, v = NormRotateHeads.apply(self.qkv(x), weight, rope, self.num_heads, self.eps)
-        h = attention(q, k, v, documents=documents)  # (B, H, N, Dh)
+        if shared is not None:
+            h = shared.attention(q, k, v)
+        else:
+            h = attention(q, k, v, documents=documents)  # (B, H, N, Dh)
         return self.proj(h.transpose(1, 2).flatten(2))
 
 
@@ -185,12 +192,13 @@ class Block(nn.Module):
         rows: Tensor | None,
         rope: Tensor,
         documents: Documents | None,
+        shared: SharedTokens | None,
     ) -> Tensor:
         """x (B, N, D), modulation (6, B, K, D) fp32, rows (B, N) of (B·K, D) → (B, N, D)."""
         table = self.modulation[:, None, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation + table  # each (B, K, D)
         h = ModulatedNorm.apply(x, shift1, scale1, rows, self.eps)
-        x = GatedAdd.apply(x, self.self_attn(h, rope, documents), gate1, rows)
+        x = GatedAdd.apply(x, self.self_attn(h, rope, documents, shared), gate1, rows)
         h = x if self.norm_cross is None else self.norm_cross(x).to(x.dtype)
         x = x + self.cross_attn(h, text)
         h = ModulatedNorm.apply(x, shift2, scale2, rows, self.eps)
@@ -205,6 +213,7 @@ class DiT(nn.Module):
         self.config = config
         dim, patch_volume = config.hidden_size, math.prod(config.patch_size)
         self.checkpointing = "none"
+        self.group: dist.ProcessGroup | None = None
         self.sequencer = Sequencer(config.patch_size, config.num_heads, config.head_dim)
         self.patch_embed = nn.Linear(config.in_channels * patch_volume, dim)
         self.time_embed = MLP(config.freq_dim, dim, dim, "silu")
@@ -241,8 +250,8 @@ class DiT(nn.Module):
         to L: all packs of B have the same shapes then, so that one compiled graph serves them.
 
         Raises:
-            ValueError: a size that the patch size does not divide, a pack above its budget, or an
-                argument that belongs to the other form.
+            ValueError: a size that the patch size does not divide, a pack above its budget or with
+                shared tokens, or an argument that belongs to the other form.
         """
         if levels is None:
             if t is None:
@@ -252,6 +261,8 @@ class DiT(nn.Module):
         of_other_form = (extra or level_index is not None) if is_pack else budget
         if of_other_form:
             raise ValueError("budget is for packs, whose videos bring level_index and extra along")
+        if is_pack and self.group is not None:
+            raise ValueError("the tokens of a pack cannot be shared by ranks: pass a batch")
         if extra or budget or (is_pack and any(video.extra for video in latents)):
             clean = torch.zeros_like(levels[:, 0]) if extra_t is None else extra_t
             levels = torch.cat((levels, clean[:, None]), 1)
@@ -261,16 +272,21 @@ class DiT(nn.Module):
             text, documents = self._documents(sequence, text, budget)
         else:
             sequence = self.sequencer.batch(latents, levels.shape[1], level_index, extra)
+        own, shared = sequence, None
+        if self.group is not None:
+            shared = SharedTokens(self.group, sequence.patches.shape[1])
+            own = shared.share(sequence)
         time, modulation = self._modulation(levels)
-        x = self.patch_embed(sequence.patches)  # (B, N, D)
+        x = self.patch_embed(own.patches)  # (B, N, D)
         if self.config.absolute_positions:
             # Rotary angles only compare tokens. Where content is noise, nothing says which stands
             # left or first, so their sines and cosines are added, as DiT adds its own (§3.2).
-            x = x + torch.view_as_real(sequence.rope).flatten(1).to(x.dtype)
+            x = x + torch.view_as_real(own.rope).flatten(1).to(x.dtype)
         for block in self.blocks:
-            x = self._run(block, x, text, modulation, sequence.rows, sequence.rope, documents)
+            x = self._run(block, x, text, modulation, own.rows, own.rope, documents, shared)
         shift, scale = time + self.modulation[:, None, None]  # each (B, K, D)
-        x = self.head(ModulatedNorm.apply(x, shift, scale, sequence.rows, self.config.eps))
+        x = self.head(ModulatedNorm.apply(x, shift, scale, own.rows, self.config.eps))
+        x = x if shared is None else shared.gather(x)
         videos = self.sequencer.videos(x.float(), sequence)
         return [video[0] for video in videos] if is_pack else videos[0]
 
@@ -307,6 +323,22 @@ class DiT(nn.Module):
         if kind not in CHECKPOINTING:
             raise ValueError(f"activation checkpointing {kind!r} must be one of {CHECKPOINTING}")
         self.checkpointing = kind
+
+    def share_tokens(self, group: dist.ProcessGroup) -> None:
+        """From here on the ranks of the group compute each batch together: all call the model with
+        the same input, each holds its share of the tokens, and all get the whole prediction.
+
+        Gradients of parameters are a rank's part of the sum over the group.
+
+        Raises:
+            ValueError: the heads do not divide by the ranks.
+        """
+        if self.config.num_heads % group.size():
+            raise ValueError(
+                f"model.num_heads={self.config.num_heads} must be divisible by the {group.size()} "
+                "ranks that share the tokens: take a group of another size"
+            )
+        self.group = group
 
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile each block, alike ones share the code; names of weights stay."""

@@ -32,7 +32,7 @@ FREE_KEYS = (
     *("output_dir", "resume", "vae_run", "tracking", "export", "samples", "validation"),
     "evaluation",
     *("engine.strategy", "engine.zero_stage", "engine.offload"),
-    "engine.offload_path",
+    *("engine.offload_path", "engine.sequence_parallel"),
     *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
     *(
         "train.loss_jump",
@@ -126,12 +126,18 @@ def training_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:
-    """ValueError unless the slots of a step divide over the ranks."""
-    slots = config.data.micro_batches_per_step
+    """ValueError unless ranks divide into sequence groups, and the slots of a step over these."""
+    slots, degree = config.data.micro_batches_per_step, config.engine.sequence_parallel
     require(
-        slots % world_size == 0,
-        f"data.micro_batches_per_step={slots} must be divisible by the number of ranks, "
-        f"{world_size}: set it to a multiple or start another number of processes",
+        world_size % degree == 0,
+        f"engine.sequence_parallel={degree} must divide the number of ranks, {world_size}: start "
+        "a multiple of it, or set it to 1",
+    )
+    whose = "ranks" if degree == 1 else "data-parallel ranks"
+    require(
+        slots % (world_size // degree) == 0,
+        f"data.micro_batches_per_step={slots} must be divisible by the number of {whose}, "
+        f"{world_size // degree}: set it to a multiple or start another number of processes",
     )
 
 
@@ -170,11 +176,15 @@ def _check_run(config: VAERun | DiTRun) -> None:
         f"optim.muon={config.optim.muon} needs whole matrices on every rank: engine.strategy=ddp, "
         f"not {config.engine.strategy}",
     )
+    degree = config.engine.sequence_parallel
     if isinstance(config, VAERun):
         require(not config.export.required, "export.required=true holds for stage=dit only")
         require(not config.data.pack, "data.pack=true holds for stage=dit only: set it to false")
+        require(degree == 1, f"engine.sequence_parallel={degree} must be 1: a VAE has no tokens")
         return
     model, text = config.model, config.text
+    if degree > 1:
+        _check_shared_tokens(config, degree)
     require(
         model.text_dim == text.d_model,
         f"model.text_dim={model.text_dim} must equal text.d_model={text.d_model}",
@@ -191,6 +201,26 @@ def _check_run(config: VAERun | DiTRun) -> None:
     _check_given(config)
     if config.export.required:
         _check_exportable(config)
+
+
+def _check_shared_tokens(config: DiTRun, degree: int) -> None:
+    """Whether that many ranks can compute a sample together."""
+    heads = config.model.num_heads
+    require(
+        heads % degree == 0,
+        f"model.num_heads={heads} must be divisible by engine.sequence_parallel={degree}, whose "
+        "ranks attend with as many heads each: set it to one of "
+        f"{', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
+    )
+    beside = [task for task in config.trained_tasks if not TASKS[task].is_prefix]
+    in_packs = {"data.pack=true": config.data.pack}
+    in_packs |= {f"codec=vae and tasks.{task} > 0": config.codec == "vae" for task in beside}
+    for key, holds in in_packs.items():
+        require(
+            not holds,
+            f"engine.sequence_parallel={degree} must be 1 with {key}: samples come in packs then, "
+            "and ranks share the tokens of batches only",
+        )
 
 
 def _check_given(config: DiTRun) -> None:

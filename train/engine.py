@@ -45,6 +45,7 @@ class EngineConfig:
     precision: str  # bf16: autocast over fp32 master weights | fp32
     offload: str  # deepspeed stages 1-3: none | cpu: masters and moments | nvme: moments in files
     offload_path: str | None = None  # nvme: folder of those files, on a disk of this machine
+    sequence_parallel: int = 1  # ranks that share each sample's tokens, DiT only; 1: none do
 
     def __post_init__(self) -> None:
         choices = (("strategy", STRATEGIES), ("precision", PRECISIONS), ("offload", OFFLOADS))
@@ -67,6 +68,8 @@ class EngineConfig:
                 f"engine.offload_path={self.offload_path} with engine.offload={self.offload}: "
                 "nvme needs a folder on a local disk, the others none (null)"
             )
+        if self.sequence_parallel < 1:
+            raise ValueError(f"engine.sequence_parallel={self.sequence_parallel} must be >= 1")
 
     @property
     def shards_parameters(self) -> bool:

@@ -44,16 +44,16 @@ class WeightedMean:
         }
 
     def state(self, ranks: Ranks) -> dict[str, Any]:
-        """What was summed since the last read, by rank; all ranks together."""
-        return {"ranks": ranks.gather(self._mine()), "weight": self._weight}
+        """What was summed since the last read, by data rank; all ranks together."""
+        return {"ranks": ranks.gather_data(self._mine()), "weight": self._weight}
 
     def load(self, state: dict[str, Any], ranks: Ranks) -> None:
         """Go on from `state`: bit for bit at the same number of ranks, as a total at another."""
-        parts, is_same = state["ranks"], len(state["ranks"]) == ranks.world_size
-        share = 1.0 if is_same or ranks.is_main else 0.0
+        parts, is_same = state["ranks"], len(state["ranks"]) == ranks.num_data_ranks
+        share = 1.0 if is_same or ranks.data_rank == 0 else 0.0
         options: Any = {"dtype": torch.double, "device": ranks.device}
         self._sums, self._groups = {}, {}
-        for part in [parts[ranks.rank]] if is_same else parts:
+        for part in [parts[ranks.data_rank]] if is_same else parts:
             for name, value in part["sums"].items():
                 self.count(name, share * torch.tensor(value, **options))
             for names, both in part["groups"]:
@@ -63,7 +63,7 @@ class WeightedMean:
 
     def read(self, ranks: Ranks) -> dict[str, float]:
         """Means since the last read; all ranks together."""
-        every = ranks.gather(self._mine())
+        every = ranks.gather_data(self._mine())
         row = {
             name: sum(other["sums"][name] for other in every) / self._weight for name in self._sums
         }

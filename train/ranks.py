@@ -19,17 +19,37 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world_size` data-parallel ones, and the device it computes on."""
+    """This process among `world_size`, and the device it computes on.
+
+    `sequence_parallel` ranks in a row compute each sample together, a share of its tokens each: as
+    one data-parallel rank, whose samples the first of them reads for all.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     group: Any = None  # that they talk through; None: the default one
+    sequence_parallel: int = 1
+    sequence_group: Any = None  # of those ranks in a row; None: this one is alone
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among the `num_data_ranks` that read samples of their own."""
+        return self.rank // self.sequence_parallel
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.world_size // self.sequence_parallel
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether this rank reads the samples of its sequence group."""
+        return self.rank % self.sequence_parallel == 0
 
     def beside(self, timeout: timedelta | None = None) -> Ranks:
         """The same ranks on a group of their own, for another thread; all ranks together."""
@@ -59,9 +79,24 @@ class Ranks:
             for text, size in zip(texts, sizes.tolist(), strict=True)
         ]
 
+    def gather_data(self, value: Any) -> list[Any]:
+        """One `value` of each data-parallel rank, the reader's; otherwise as `gather`."""
+        return self.gather(value)[:: self.sequence_parallel]
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on every rank; it travels as JSON."""
         return self.gather(value if self.is_main else None)[0]
+
+    def share(self, payload: bytes) -> bytes:
+        """The reader's `payload` on all ranks of its sequence group."""
+        if self.sequence_group is None:
+            return payload
+        size = torch.tensor([len(payload)])
+        dist.broadcast(size, group=self.sequence_group, group_src=0)
+        content = bytearray(payload if self.is_reader else int(size))
+        view = torch.frombuffer(content, dtype=torch.uint8)
+        dist.broadcast(view, group=self.sequence_group, group_src=0)
+        return bytes(content)
 
 
 def single_process(device: str | torch.device = "cpu") -> Ranks:
@@ -69,11 +104,14 @@ def single_process(device: str | torch.device = "cpu") -> Ranks:
     return Ranks(rank=0, world_size=1, local_rank=0, device=torch.device(device))
 
 
-def init_distributed(device: str = "cpu", timeout: float = 1800.0) -> Ranks:
+def init_distributed(
+    device: str = "cpu", timeout: float = 1800.0, sequence_parallel: int = 1
+) -> Ranks:
     """Joins the process group that torchrun's environment describes; alone without one.
 
     device: "cpu" (gloo), or "cuda" (nccl for its tensors, gloo beside it for small agreements).
     timeout: seconds after which a collective that not all ranks joined fails.
+    sequence_parallel: ranks that compute each sample together; divides their number.
     Errors: ValueError for an unknown device, or for CUDA asked for and absent.
     """
     if device not in ("cpu", "cuda"):
@@ -88,13 +126,16 @@ def init_distributed(device: str = "cpu", timeout: float = 1800.0) -> Ranks:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return single_process(this_device)
-    rank = int(os.environ["RANK"])
+    rank, limit = int(os.environ["RANK"]), timedelta(seconds=timeout)
     if not dist.is_initialized():
-        limit = timedelta(seconds=timeout)
         held = listen_on_one(int(os.environ["MASTER_PORT"])) if rank == 0 else None
         dist.init_process_group(BACKENDS[device], rank=rank, world_size=world_size, timeout=limit)
         del held
-    return Ranks(rank, world_size, local_rank, this_device)
+    ranks = Ranks(rank, world_size, local_rank, this_device)
+    if sequence_parallel == 1:
+        return ranks
+    group, _ = dist.new_subgroups(sequence_parallel, timeout=limit, backend=BACKENDS[device])
+    return replace(ranks, sequence_parallel=sequence_parallel, sequence_group=group)
 
 
 def join_alone(ranks: Ranks) -> None:

@@ -193,7 +193,8 @@ def join(prepared: Prepared) -> tuple[Ranks, FolderLock | None]:
     """Join the ranks and claim the folder; FolderInUse, on all ranks, when it is taken."""
     config = prepared.config
     _prepare_torch(config)
-    ranks = init_distributed(pick_device(config.train.device).type, config.train.timeout)
+    device, degree = pick_device(config.train.device).type, config.engine.sequence_parallel
+    ranks = init_distributed(device, config.train.timeout, degree)
     return ranks, _claim(prepared.folder, ranks)
 
 
@@ -230,7 +231,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     optim = config.optim
     spikes = Spikes(config.train.loss_jump, optim.clip_sigmas, optim.max_grad_norm)
     spikes.load(state["spikes"])
-    slots = rank_slots(config.data.micro_batches_per_step, ranks.rank, ranks.world_size)
+    slots = rank_slots(config.data.micro_batches_per_step, ranks.data_rank, ranks.num_data_ranks)
     return Training(
         config=config,
         folder=folder,
@@ -319,7 +320,10 @@ def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> VAETask 
     for bucket in config.data.buckets:
         latents = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
         config.model.grid(latents[1:])
-    return DiTTask(config, ranks.device, codec)
+    task = DiTTask(config, ranks.device, codec)
+    if ranks.sequence_group is not None:
+        task.module.dit.share_tokens(ranks.sequence_group)
+    return task
 
 
 def _start(task: VAETask | DiTTask, config: VAERun | DiTRun) -> list[str]:

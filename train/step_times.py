@@ -72,7 +72,7 @@ class StepTimes:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Work that no other rank has a part in."""
+        """Work that no rank beyond this one's sequence group has a part in."""
         with self._work_clock.running():
             yield
 

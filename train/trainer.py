@@ -22,6 +22,7 @@ from longtake.train.health import Quarantine, Spikes, StopSignal
 from longtake.train.metrics import WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import write_drawings
+from longtake.train.read_once import read_once
 from longtake.train.report_matrix import show_matrix
 from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
 from longtake.train.schema import DiTRun, VAERun
@@ -100,20 +101,22 @@ class Training:
 
     def load(self) -> list[Batch]:
         """This rank's batches of the present step."""
-        return next(self._batches)
+        mine = next(self._batches) if self.ranks.is_reader else ()
+        return list(read_once(mine, len(self.slots), self.ranks))
 
     def agree(self, batches: list[Batch]) -> Agreed:
         """Share what this rank found: its part of the denominator, bad samples, a stop signal.
 
         Exclusions are durable in quarantine.jsonl when it returns, before the optimizer steps.
         """
+        mine = batches if self.ranks.is_reader else []  # what a group shares counts once
         report = {
-            "weight": sum(map(self.task.weight, batches)),
-            "work": asdict(self._work(batches)),
+            "weight": sum(map(self.task.weight, mine)),
+            "work": asdict(self._work(mine)),
             "stop": self.signals.received,
             "unwritten": self.writer.problem(),
-            "data": [batch.digest for batch in batches],
-            "bad": [asdict(exclusion) for batch in batches for exclusion in batch.excluded],
+            "data": [batch.digest for batch in mine],
+            "bad": [asdict(exclusion) for batch in mine for exclusion in batch.excluded],
         }
         reports = self.ranks.gather(report)
         unwritten = [r["unwritten"] for r in reports if r["unwritten"]]
@@ -175,7 +178,7 @@ class Training:
 
     def _examine_loss(self, batches: list[Batch], shares: list[float], weight: float) -> None:
         watch = self.spikes.losses
-        total = sum(self.ranks.gather(sum(shares))) / weight
+        total = sum(self.ranks.gather_data(sum(shares))) / weight
         if watch.jumped(total):
             counts = map(self.task.weight, batches)
             bad = [watch.is_high(share / n) for share, n in zip(shares, counts, strict=True)]
@@ -255,7 +258,7 @@ class Training:
         return len(found)
 
     def _means(self, means: Means) -> dict[str, float]:
-        return means.merged(self.ranks.gather(dict(means.sums)))
+        return means.merged(self.ranks.gather_data(dict(means.sums)))
 
     def draw(self) -> None:
         """Let the EMA weights draw into samples/step-…, and show the files to the tracker."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from longtake.data.loader import Batch, read_batches
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train.ranks import Ranks
+from longtake.train.read_once import read_once
 from longtake.train.schema import DiTRun, VAERun
 
 
@@ -22,7 +23,7 @@ class Validation:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's share; as many batches of the same shapes on every rank."""
-        return self._read(self.ranks.rank, self.ranks.world_size)
+        return self._read(self.ranks.data_rank, self.ranks.num_data_ranks)
 
     def head(self) -> list[Batch]:
         """The first validation.num_videos clips, of one shape, alike on all ranks."""
@@ -37,10 +38,11 @@ class Validation:
                 missing -= len(batch.clips)
         return head
 
-    def _read(self, rank: int, world_size: int) -> Iterator[Batch]:
+    def _read(self, data_rank: int, num_data_ranks: int) -> Iterator[Batch]:
         if self.plan is None:
             return
-        micro_batches = self.plan.micro_batches(rank, world_size)
-        for batch in read_batches(self.plan.tables, self.plan.config, micro_batches):
+        micro_batches = self.plan.micro_batches(data_rank, num_data_ranks)
+        batches = read_batches(self.plan.tables, self.plan.config, micro_batches)
+        for batch in read_once(batches, len(micro_batches), self.ranks):
             self.left_out.update({bad.sample_id: bad.reason for bad in batch.excluded})
             yield batch

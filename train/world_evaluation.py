@@ -60,7 +60,7 @@ class WorldEvaluation:
         tasks = self.config.trained_tasks
         seconds = self.config.evaluation.seconds / len(tasks)
         rows = [row for name in tasks for row in self._score_task(painter, name, seconds)]
-        gathered = self.ranks.gather([asdict(row) for row in rows])
+        gathered = self.ranks.gather_data([asdict(row) for row in rows])
         return build_card([ClipScores(**row) for part in gathered for row in part], {})
 
     def _score_task(self, painter: Painter, task: str, seconds: float) -> list[ClipScores]:
@@ -84,9 +84,9 @@ class WorldEvaluation:
     ) -> list[ClipScores]:
         """This rank's rows of a round. Ranks draw equally often, as partitioned weights demand: one
         whose share is shorter draws a prompt once more, which does not count."""
-        size, world_size = self.config.evaluation.batch_size, self.ranks.world_size
-        mine = items[self.ranks.rank :: world_size]
-        longest = -(-len(items) // world_size)
+        size, num_ranks = self.config.evaluation.batch_size, self.ranks.num_data_ranks
+        mine = items[self.ranks.data_rank :: num_ranks]
+        longest = -(-len(items) // num_ranks)
         rows: list[ClipScores] = []
         for start in range(0, longest, size):
             batch = mine[start : start + size]
