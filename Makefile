@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_DIR ?= runs/demo
 PROOF_DIR ?= runs/proof
+# Tests side by side, by file: many of them wait for processes that they start.
+JOBS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A GPU may be there, but tests and demo are defined on the CPU.
@@ -32,7 +34,7 @@ demo: $(STAMP)
 	$(CPU_ENV) $(BIN)/python -m longtake.launch.demo --out $(DEMO_DIR)
 
 test: $(STAMP)
-	$(CPU_ENV) $(BIN)/python -m pytest
+	$(CPU_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)
 	$(CPU_ENV) $(BIN)/python -m pytest -m slow --timeout 3600
