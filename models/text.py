@@ -98,6 +98,30 @@ class TextEncoder(nn.Module):
                 feed_forward_proj="gated-gelu",
             )
         )
+        self.init_neighbourhoods()
+
+    @torch.no_grad()
+    def init_neighbourhoods(self) -> None:
+        """Half of the heads start by looking at the bytes before their own, half at those behind.
+
+        T5 starts with hardly any preference, and each byte sees the mean of its caption: a red ball
+        left of a blue one is then the same as the other way round, and stays so. Slopes as in
+        ALiBi (arXiv 2108.12409), each with a reach of 4 to 16 bytes; training moves them freely.
+        """
+        config = self.encoder.config
+        half, pairs = config.relative_attention_num_buckets // 2, max(config.num_heads // 2, 1)
+        near, number = half // 2, torch.arange(half)  # buckets hold one distance, then ever more
+        ratio = config.relative_attention_max_distance / near
+        distance = torch.where(number < near, number, near * ratio ** ((number - near) / near))
+        away = torch.full((half,), -8.0)
+        for name, module in self.encoder.named_modules():
+            if not name.endswith("relative_attention_bias"):
+                continue
+            for head in range(config.num_heads):
+                reach = 16 / 4 ** (head // 2 / max(pairs - 1, 1))
+                sides = (-distance / reach, away)  # buckets of bytes before come first
+                module.weight[:, head] = torch.cat(sides if head % 2 == 0 else sides[::-1])
+                module.weight[0, head] = -2.0  # the byte itself, which the residual carries
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Training mode; a frozen encoder stays in evaluation mode, its dropout off."""
