@@ -106,3 +106,16 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="bert"):
         TextEncoder(TextConfig(kind="pretrained", path=str(tmp_path)))
+
+
+def test_a_fresh_encoder_tells_orders_apart() -> None:
+    """A word in two orders of the same words is not the same; with T5's own start .03 differ."""
+    config = TextConfig()
+    torch.manual_seed(0)
+    encoder = TextEncoder(config)
+    captions = ["a red one left of a blue one", "a blue one left of a red one"]
+    embeds, _ = encoder(Tokenizer(config)(captions))
+    first, other = (
+        row[caption.index("red") :][:3] for row, caption in zip(embeds, captions, strict=True)
+    )
+    assert (first - other).norm() > 0.2 * first.norm()
