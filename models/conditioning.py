@@ -5,8 +5,9 @@ space as well: nothing but the tasks below assumes whole frames. Frames come in 
 `patch_size[0]`, so that no token is given in part.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -94,6 +95,14 @@ class GivenFrames:
     in_place: tuple[range, ...] = ()
     segments: tuple[range, ...] = ()
 
+    @classmethod
+    def of(cls, runs: Sequence[range], is_causal: bool) -> Self:
+        """These runs; where latents depend on those before them, only the beginning in place."""
+        first = len(runs)
+        if is_causal:
+            first = 1 if runs and runs[0].start == 0 else 0
+        return cls(tuple(runs[:first]), tuple(runs[first:]))
+
     @property
     def runs(self) -> tuple[range, ...]:
         """All of them, in order."""
@@ -124,12 +133,11 @@ def given_frames(
     count, least = num_frames // patch, -(-2 // patch)
     units = sorted(TASKS[task].units(count, least, draw))
     runs = _runs(units, patch)
-    if not is_causal:
-        return GivenFrames(runs)
-    if TASKS[task].is_stills:
+    if is_causal and TASKS[task].is_stills:
         runs = tuple(range(unit * patch, (unit + 1) * patch) for unit in units)
-    first = 1 if runs and runs[0].start == 0 else 0
-    return GivenFrames(runs[:first], tuple(_end(run, patch) for run in runs[first:]))
+    if is_causal:
+        runs = tuple(run if run.start == 0 else _end(run, patch) for run in runs)
+    return GivenFrames.of(runs, is_causal)
 
 
 def unfit(task: str, num_frames: int, patch: int = 1) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -169,8 +170,7 @@ class CheckpointCopies:
         """Delete copies that need not be kept, now that the newest is there, and unfinished ones
         before it."""
         older = [step for step in self._steps() if step < self._newest]
-        whole = [step for step in older if self._store.exists(f"{step_name(step)}/{MANIFEST}")]
-        for step in sorted({*older} - self._keep.stay(whole)):
+        for step in sorted({*older} - self._keep.stay(self._whole(older))):
             self._store.delete(f"{step_name(step)}/{MANIFEST}")
             self._store.delete(step_name(step))
 
@@ -181,10 +181,12 @@ class CheckpointCopies:
         the store cannot be read."""
 
         def listed() -> list[int]:
-            steps = self._steps() if self._ranks.is_main else []
-            return [step for step in steps if self._store.exists(f"{step_name(step)}/{MANIFEST}")]
+            return self._whole(self._steps()) if self._ranks.is_main else []
 
         return agree(self._ranks, listed)[0]
+
+    def _whole(self, steps: Sequence[int]) -> list[int]:
+        return [step for step in steps if self._store.exists(f"{step_name(step)}/{MANIFEST}")]
 
     def _steps(self) -> list[int]:
         names: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class EmaConfig:
                 "ema.decay"
             )
 
-    @property
+    @cached_property
     def exponent(self) -> float:
         """γ of the profile t^γ whose relative deviation is sigma_rel (EDM2, arXiv 2312.02696 §3.1).
 

@@ -102,8 +102,7 @@ def _placed(
             )
         runs.append(run)
         free = run.stop
-    first = len(runs) if codec.vae is None else int(runs[0].start == 0)
-    return GivenFrames(tuple(runs[:first]), tuple(runs[first:]))
+    return GivenFrames.of(runs, is_causal=codec.vae is not None)
 
 
 def check_task(config: DiTRun, task: str) -> None:

@@ -10,7 +10,7 @@ from longtake.train.encode import encode_shards
 from longtake.train.encode_plan import EncodeOptions
 
 from .small_runs import DIT_SIZES, write_dit_run, write_vae_run, write_world
-from .tiny_runs import write_clips
+from .tiny_runs import write_splits
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ def small_text() -> EncodeOptions:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pixel shards of a few clips, `train` and `val`, made for each module that asks."""
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 16)
-    write_clips(folder / "val", 4, "val")
-    return folder
+    return write_splits(tmp_path_factory.mktemp("shards"), 16, 4)
 
 
 @pytest.fixture(scope="session")

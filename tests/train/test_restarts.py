@@ -29,7 +29,7 @@ from tests.train.tiny_runs import (
     train_on_rank,
     tree,
     wait_for,
-    write_clips,
+    write_splits,
 )
 
 NUM_KILLS, NUM_FINISHED = 10, 50
@@ -37,10 +37,7 @@ NUM_KILLS, NUM_FINISHED = 10, 50
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 24)
-    write_clips(folder / "val", 4, "val")
-    return folder
+    return write_splits(tmp_path_factory.mktemp("shards"), 24, 4)
 
 
 def test_a_run_that_always_fails_at_one_step_stays_ended(

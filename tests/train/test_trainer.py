@@ -29,6 +29,7 @@ from tests.train.tiny_runs import (
     train_on_rank,
     wait_for,
     write_clips,
+    write_splits,
 )
 
 STEPS = list(range(1, 13))
@@ -36,10 +37,7 @@ STEPS = list(range(1, 13))
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_clips(folder / "train", 40)
-    write_clips(folder / "val", 8, "val")
-    return folder
+    return write_splits(tmp_path_factory.mktemp("shards"), 40, 8)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,13 @@ def write_clips(folder: Path, num_clips: int, split: str = "train") -> Path:
     return folder
 
 
+def write_splits(root: Path, num_train: int, num_val: int) -> Path:
+    """`train` and `val` of so many clips, for `options`."""
+    write_clips(root / "train", num_train)
+    write_clips(root / "val", num_val, "val")
+    return root
+
+
 def options(shards: Path, folder: Path, *more: str, task: Sequence[str] = TINY_DIT) -> list[str]:
     """Overrides of a tiny run on `shards`/train and `shards`/val into `folder`."""
     data = f"data.train.0.path={shards}/train", f"data.val.0.path={shards}/val"
