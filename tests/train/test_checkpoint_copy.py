@@ -24,7 +24,7 @@ from longtake.train.engine import Ranks, single_process
 from longtake.train.run_folder import read_marker
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
-from tests.train.tiny_runs import losses, options, train_here, write_clips
+from tests.train.tiny_runs import losses, options, train_here, write_splits
 
 URL = "moody://bucket/run"
 ONCE = CacheConfig(retries=0)
@@ -253,8 +253,7 @@ def test_ranks_divide_the_files(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_from_its_copies_on_another_machine(tmp_path: Path) -> None:
-    write_clips(tmp_path / "train", 24)
-    write_clips(tmp_path / "val", 4, "val")
+    write_splits(tmp_path, 24, 4)
     here, there, copies = (tmp_path / name for name in ("here", "there", "copies"))
     more = f"train.checkpoint_copy={copies}", *SHORT
     assert train_here(options(tmp_path, here, *more)) == 0

@@ -22,7 +22,7 @@ from longtake.train.main import run
 from longtake.train.run_folder import read_marker
 from longtake.train.validation import Validation
 from tests.train.forked import import_before_fork
-from tests.train.tiny_runs import losses, options, train_here, tree, write_clips
+from tests.train.tiny_runs import losses, options, train_here, tree, write_splits
 
 ROUNDS = int(os.environ.get("CRASH_ROUNDS", "7"))  # of each of the 8 moments
 STEPS = 60 * ROUNDS
@@ -93,8 +93,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.timeout(3000)
 def test_kills_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import_before_fork()
-    write_clips(tmp_path / "train", 40)
-    write_clips(tmp_path / "val", 8, "val")
+    write_splits(tmp_path, 40, 8)
     more = (
         *(f"train.steps={STEPS}", "train.checkpoint_every=5", "train.val_every=10"),
         *("train.keep_last=2", "train.max_same_step=0", "tracking=jsonl"),

@@ -12,7 +12,7 @@ import pytest
 from longtake.data.catalogue import load_catalogue
 from longtake.train.run_folder import read_marker
 from tests.train.forked import free_port, run_rank
-from tests.train.tiny_runs import losses, options, train_here, train_on_rank, write_clips
+from tests.train.tiny_runs import losses, options, train_here, train_on_rank, write_splits
 
 STEPS = 20
 # (ranks, workers of each, the step whose row in the log ends it by SIGKILL)
@@ -60,8 +60,7 @@ def logged(folder: Path) -> dict[int, float]:
 
 @pytest.mark.dist
 def test_global_batches_are_equal_over_1_2_4_1_ranks_with_kills_between(tmp_path: Path) -> None:
-    write_clips(tmp_path / "train", 40)
-    write_clips(tmp_path / "val", 8, "val")
+    write_splits(tmp_path, 40, 8)
     damage(tmp_path / "train", 13)
     more = (f"train.steps={STEPS}", "train.checkpoint_every=3", "data.crop=random")
     whole, elastic = tmp_path / "whole", tmp_path / "elastic"

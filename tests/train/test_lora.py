@@ -22,7 +22,7 @@ from longtake.train.runs import find_run, load_dit, read_tensors
 from longtake.train.schema import LoraConfig
 from longtake.train.text_to_video import TextToVideo
 from tests.train.small_runs import DIT_SIZES, shake, write_dit_run
-from tests.train.tiny_runs import options, train_here, write_clips
+from tests.train.tiny_runs import options, train_here, write_splits
 
 TARGETS = '["dit.blocks.*","dit.time_*","dit.head"]'
 LORA = "init_from=elsewhere", f"lora={{rank:3,alpha:5,targets:{TARGETS}}}"
@@ -72,8 +72,7 @@ def load_plain(config: Any, tensors: dict[str, Tensor]) -> DiT:
 
 
 def test_only_adapters_learn_and_the_run_resumes(tmp_path: Path) -> None:
-    write_clips(tmp_path / "train", 16)
-    write_clips(tmp_path / "val", 4, "val")
+    write_splits(tmp_path, 16, 4)
     first, second = tmp_path / "first", tmp_path / "second"
     assert train_here(options(tmp_path, first, "train.steps=3")) == 0  # until gates are open
     targets = '["dit.blocks.*","dit.head"]'

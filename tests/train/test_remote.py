@@ -4,12 +4,11 @@ from pathlib import Path
 
 from longtake.train.run_folder import read_marker
 from tests.data.http_store import serve
-from tests.train.tiny_runs import losses, options, train_here, write_clips
+from tests.train.tiny_runs import losses, options, train_here, write_splits
 
 
 def test_a_run_on_http_shards_equals_one_on_local_shards(tmp_path: Path) -> None:
-    write_clips(tmp_path / "data" / "train", 24)
-    write_clips(tmp_path / "data" / "val", 8, "val")
+    write_splits(tmp_path / "data", 24, 8)
     more = ("train.steps=6", "train.val_every=3", f"data.cache.folder={tmp_path / 'cache'}")
     local, remote = tmp_path / "local", tmp_path / "remote"
     assert train_here(options(tmp_path / "data", local, *more)) == 0
