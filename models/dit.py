@@ -61,7 +61,7 @@ class DiTConfig:
     freq_dim: int = 256
     cross_attn_norm: bool = True
     eps: float = 1e-6
-    absolute_positions: bool = False  # Wan has none; see DiT.forward
+    absolute_positions: float = 0.0  # their amplitude; Wan has none; see DiT.forward
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
@@ -74,6 +74,10 @@ class DiTConfig:
             raise ValueError(
                 f"model.hidden_size={self.hidden_size} must be divisible by "
                 f"model.num_heads={self.num_heads}"
+            )
+        if self.absolute_positions < 0:
+            raise ValueError(
+                f"model.absolute_positions={self.absolute_positions} must be an amplitude; 0: none"
             )
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
@@ -281,7 +285,8 @@ class DiT(nn.Module):
         if self.config.absolute_positions:
             # Rotary angles only compare tokens. Where content is noise, nothing says which stands
             # left or first, so their sines and cosines are added, as DiT adds its own (§3.2).
-            x = x + torch.view_as_real(own.rope).flatten(1).to(x.dtype)
+            places = torch.view_as_real(own.rope).flatten(1).to(x.dtype)
+            x = x + self.config.absolute_positions * places
         for block in self.blocks:
             x = self._run(block, x, text, modulation, own.rows, own.rope, documents, shared)
         shift, scale = time + self.modulation[:, None, None]  # each (B, K, D)

@@ -191,8 +191,8 @@ def dit_state_from_diffusers(theirs: dict[str, Tensor], dit: DiT) -> dict[str, T
 
 def dit_to_diffusers(dit: DiT) -> "WanTransformer3DModel":
     """A `WanTransformer3DModel` with our weights. ValueError for absolute positions."""
-    if dit.config.absolute_positions:
-        raise ValueError("model.absolute_positions=true is nothing that diffusers' Wan can hold")
+    if positions := dit.config.absolute_positions:
+        raise ValueError(f"model.absolute_positions={positions}: diffusers' Wan has none")
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     config = dit.config

@@ -256,9 +256,10 @@ def _check_exportable(config: DiTRun) -> None:
         prediction == "velocity",
         f"prediction={prediction} must be velocity with export.required=true: {remedy}",
     )
+    positions = config.model.absolute_positions
     require(
-        not config.model.absolute_positions,
-        f"model.absolute_positions=true must be false with export.required=true: {remedy}",
+        positions == 0,
+        f"model.absolute_positions={positions} must be 0 with export.required=true: {remedy}",
     )
     for bucket in config.data.buckets:
         require(

@@ -127,8 +127,8 @@ def check_exportable(config: DiTRun) -> None:
         raise ValueError(
             f"prediction={config.prediction}: the stock scheduler integrates a velocity: {remedy}"
         )
-    if config.model.absolute_positions:
-        raise ValueError(f"model.absolute_positions=true: stock Wan has no such thing: {remedy}")
+    if positions := config.model.absolute_positions:
+        raise ValueError(f"model.absolute_positions={positions}: stock Wan has none: {remedy}")
     for bucket in config.data.buckets:
         if bucket.height % MULTIPLE or bucket.width % MULTIPLE:
             raise ValueError(

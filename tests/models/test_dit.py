@@ -223,15 +223,15 @@ def test_wrong_configs_are_refused(change: dict, rule: str) -> None:
 
 def test_absolute_positions_tell_apart_what_is_alike() -> None:
     """Of equal tokens all have one answer without them, and each its own with them."""
-    for has_positions in (False, True):
+    for amplitude in (0.0, 2.0):
         torch.manual_seed(0)
-        dit = DiT(replace(TINY, absolute_positions=has_positions))
+        dit = DiT(replace(TINY, absolute_positions=amplitude))
         randomise(dit)
         latents = torch.ones(1, 4, 3, 4, 6)
         answer = dit(latents, torch.ones(1), torch.zeros(1, 2, 10))
         alike = torch.pdist(patchify(answer, TINY.patch_size)[0]) < 1e-4
-        assert not alike.any() if has_positions else alike.all()
-    with pytest.raises(ValueError, match="absolute_positions=true"):
+        assert not alike.any() if amplitude else alike.all()
+    with pytest.raises(ValueError, match=r"absolute_positions=2\.0"):
         dit_to_diffusers(dit)
 
 

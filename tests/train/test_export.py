@@ -75,7 +75,7 @@ def test_a_pipeline_that_draws_otherwise_is_not_left_behind(
     ("overrides", "reason"),
     [
         (("prediction=clean",), "prediction=clean"),
-        (("model.absolute_positions=true",), "absolute_positions=true"),
+        (("model.absolute_positions=6",), r"absolute_positions=6\.0"),
         (("data.buckets=[{frames:5,height:24,width:16,batch_size:2}]",), "5x24x16"),
     ],
 )

@@ -34,7 +34,7 @@ from tests.train.tiny_runs import (
 )
 
 SIZES = DiTConfig(
-    *(3, 3), hidden_size=48, num_heads=4, depth=2, ffn_dim=64, text_dim=16, absolute_positions=True
+    *(3, 3), hidden_size=48, num_heads=4, depth=2, ffn_dim=64, text_dim=16, absolute_positions=2.0
 )
 TEXT = TextConfig(max_length=12, d_model=16, num_layers=1, num_heads=2, d_ff=16)
 GRIDS = ((3, 3, 5), (1, 1, 3), (2, 2, 5), (1, 3, 3))  # of the slots: 45, 3, 20 and 9 tokens
