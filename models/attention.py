@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from longtake.models.fused import ExplicitAttention
+from longtake.models.transfer import to_device
 
 # Measured on CPU: a written-out softmax beats the fused kernel up to about this many keys.
 EXPLICIT_MAX_KEYS = {torch.float32: 128, torch.bfloat16: 3072}
@@ -34,7 +35,8 @@ class Documents:
     ) -> Self:
         """Documents of these lengths; a `bound` on all of them keeps compiled graphs alike."""
         query_ends, key_ends = (
-            torch.tensor((0, *lengths)).cumsum(0).int().to(device) for lengths in (queries, keys)
+            to_device(torch.tensor((0, *lengths)).cumsum(0).int(), device)
+            for lengths in (queries, keys)
         )
         return cls(queries, keys, query_ends, key_ends, bound or max(*queries, *keys))
 

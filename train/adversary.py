@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from longtake.data.plan import PlannedSample
 from longtake.models.discriminator import Discriminator
+from longtake.models.transfer import to_device
 from longtake.train.engine import Engine, Ranks
 from longtake.train.metrics import WeightedMean
 from longtake.train.schema import VAERun
@@ -104,8 +105,8 @@ class Adversary:
         clips = [video, pixels.detach()]
         shakes = settings.r1 > 0 and settings.r1_kind == "finite_difference"
         if shakes:
-            noise = normal_draws(samples, tuple(video.shape[1:]), "r1").to(video.device)
-            clips.append(video + settings.r1_sigma * noise)
+            noise = normal_draws(samples, tuple(video.shape[1:]), "r1")
+            clips.append(video + settings.r1_sigma * to_device(noise, video.device))
         # One forward for all: under sharding a module's forward and backward come in pairs.
         real, fake, *shaken = self.engine(torch.cat(clips)).flatten(1).split(len(video))
         hinge = F.relu(1 - real).mean(1) + F.relu(1 + fake).mean(1)
@@ -183,3 +184,4 @@ class Adversary:
         known = dict(state)
         known.pop("optimizer_steps")
         self.figures = Figures(**known)
+        self._means = WeightedMean()

@@ -126,10 +126,9 @@ class ReplicatedStrategy:
 
     def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult:
         """Equal on all ranks without talking: each sees the same bits of the summed gradients."""
-        gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        norms = torch._foreach_norm(gradients)
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item()  # waits for the device
-        return clipped_step(self.optimizer, gradients, norm, lr, max_grad_norm)
+        norms = torch._foreach_norm([p.grad for p in self.named.values() if p.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        return clipped_step(self.optimizer, norm, lr, max_grad_norm)
 
     def held_ranges(self) -> Iterator[StateRange]:
         for name, parameter in self.named.items():

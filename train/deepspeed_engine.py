@@ -192,7 +192,7 @@ class ShardedDeepSpeed:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        return StepResult(float(self.zero._global_grad_norm), skipped=bool(self.zero.overflow))
+        return StepResult(torch.tensor(float(self.zero._global_grad_norm)))  # inf: skipped
 
     def held_ranges(self) -> Iterator[StateRange]:
         ranges = self.stage3_ranges() if self.stage == 3 else self.stage12_ranges()

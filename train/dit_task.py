@@ -22,6 +22,7 @@ from longtake.models.flow import (
     sample_timesteps,
 )
 from longtake.models.tokens import Segment, Video
+from longtake.models.transfer import to_device
 from longtake.train.caption_rows import CaptionRows
 from longtake.train.codec import Codec
 from longtake.train.dit_drawing import draw_samples
@@ -105,7 +106,7 @@ class DiTTask:
         counts = torch.tensor(self._num_noisy(batch), device=self.device)
         sums = errors / counts if self.config.loss.weighting == "sample" else errors
         if self.config.loss.min_snr_gamma is not None:
-            sums = sums * min_snr_weight(t.to(self.device), self.config.loss.min_snr_gamma)
+            sums = sums * min_snr_weight(to_device(t, self.device), self.config.loss.min_snr_gamma)
         cut = torch.tensor(are_cut, device=self.device).float()
         first = torch.zeros(len(cut), dtype=torch.long)
         share = Grouped.of(["captions_cut"], first, cut, torch.ones_like(cut))
@@ -176,13 +177,15 @@ class DiTTask:
     def clean(self, batch: Batch) -> Tensor:
         """Latents (B, C, T, H, W) of the clips: cached ones, or normalised pixels."""
         if self.config.codec == "identity":
-            return self.codec.encode(batch.stack_video().to(self.device))
-        return batch.stack_latents().to(self.device)
+            return self.codec.encode(to_device(batch.stack_video(), self.device))
+        return to_device(batch.stack_latents(), self.device)
 
     def segments(self, clip: Clip, drawn: Drawn) -> list[Segment]:
         """What the clip is given beside its latents."""
         stored = self.conditions.segments(clip, drawn)
-        return [replace(segment, latents=segment.latents.to(self.device)) for segment in stored]
+        return [
+            replace(segment, latents=to_device(segment.latents, self.device)) for segment in stored
+        ]
 
     def _errors(self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor]) -> Tensor:
         """Sums over the noisy tokens of each sample (B,)."""
@@ -224,13 +227,14 @@ class DiTTask:
 
     def _noise_alike(self, batch: Batch, t: Tensor, drawn: Sequence[Drawn], purpose: str) -> Noised:
         clean = self.clean(batch)
-        noise = normal_draws(batch.samples, tuple(clean.shape[1:]), purpose).to(self.device)
+        noise = normal_draws(batch.samples, tuple(clean.shape[1:]), purpose)
+        noise = to_device(noise, self.device)
         masks = masks_of(drawn, self.conditions.latent_shape(batch.samples[0]))  # on the CPU
         known = torch.tensor([one.level for one in drawn])
         levels, index = noise_levels(t, masks, self.patch_size, known)
         segments = [self.segments(*one) for one in zip(batch.clips, drawn, strict=True)]
-        t, known, given = (x.to(self.device) for x in (t, known, masks))
-        levels, index = (None if x is None else x.to(self.device) for x in (levels, index))
+        t, known, given = (to_device(x, self.device) for x in (t, known, masks))
+        levels, index = (None if x is None else to_device(x, self.device) for x in (levels, index))
         shown = add_noise(clean, noise, known)
         noisy = torch.where(given[:, None], shown, add_noise(clean, noise, t))
         return Noised(clean, noise, noisy, t, given, levels, index, known, segments)

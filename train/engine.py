@@ -107,7 +107,8 @@ class Engine:
         self.config = config
         self.ranks = ranks
         self.module = module
-        self.optimizer_steps = 0
+        self._optimizer_steps = 0
+        self._last: StepResult | None = None  # a step that is not counted yet
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
         self.aliases = tied_names(module)
         persistent = set(module.state_dict())
@@ -145,12 +146,23 @@ class Engine:
     def clip_and_step(self, lr: float, max_grad_norm: float) -> StepResult:
         """Clips the summed gradients by global norm (0 never) and takes one AdamW step.
 
-        A norm that is not finite skips the step on all ranks alike.
+        A norm that is not finite skips the step on all ranks alike. Under ddp and fsdp2 nobody
+        waits for the device before the result, or that of the step before, is looked at.
         """
-        result = self.strategy.clip_and_step(lr, max_grad_norm)
-        if not result.skipped:
-            self.optimizer_steps += 1
-        return result
+        self._count_last()
+        self._last = self.strategy.clip_and_step(lr, max_grad_norm)
+        return self._last
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps taken, skipped ones left out; waits for the device where the last is not known."""
+        self._count_last()
+        return self._optimizer_steps
+
+    def _count_last(self) -> None:
+        if self._last is not None:
+            self._optimizer_steps += not self._last.skipped
+            self._last = None
 
     def owned_ranges(self) -> Iterator[StateRange]:
         """What this rank writes to a checkpoint; over all ranks, every element exactly once."""
@@ -184,7 +196,7 @@ class Engine:
         for kind, name, tensor in self.constants:
             if tensor.numel():
                 tensor.copy_(reader.read(kind, name, 0, tensor.numel()).view_as(tensor))
-        self.optimizer_steps = reader.optimizer_steps
+        self._optimizer_steps, self._last = reader.optimizer_steps, None
         self.strategy.set_optimizer_steps(reader.optimizer_steps)
         self.refresh()
 

@@ -70,8 +70,7 @@ class FullyShardedStrategy:
         squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         if self.ranks.world_size > 1:
             dist.all_reduce(squares)
-        norm = squares.sqrt().item()  # waits for the device
-        return clipped_step(self.optimizer, gradients, norm, lr, max_grad_norm)
+        return clipped_step(self.optimizer, squares.sqrt(), lr, max_grad_norm)
 
     def held_ranges(self) -> Iterator[StateRange]:
         for name, rows in self.rows.items():

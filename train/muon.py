@@ -33,29 +33,44 @@ class MuonAdamW(torch.optim.AdamW):
         if closure is not None:
             raise ValueError("closures are not supported")
         every = self.param_groups
+        # As torch's fused AdamW takes them from whoever clips: a divisor, and 1 to change nothing.
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        skip: Tensor | None = getattr(self, "found_inf", None)
         for group in every:
             for parameter in group["params"] if group.get("parts") else ():
                 if parameter.grad is not None:
-                    self._turn(parameter, group)
+                    self._turn(parameter, group, scale, skip)
         self.param_groups = [group for group in every if not group.get("parts")]
         try:
             super().step()
         finally:
             self.param_groups = every
 
-    def _turn(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _turn(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        scale: Tensor | None,
+        skip: Tensor | None,
+    ) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad if scale is None else parameter.grad / scale
         momentum = self.state[parameter]["exp_avg"]
-        momentum.lerp_(parameter.grad, 1 - MOMENTUM)
-        ahead = parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov's
-        self.state[parameter]["step"] += 1
-        lr = group["lr"] * group["lr_scale"]
+        taken: Tensor | float = 1.0
+        if skip is not None:
+            taken = 1.0 - skip
+            gradient = torch.where(skip.bool(), momentum, gradient)  # which leaves it where it is
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+        self.state[parameter]["step"] += taken
+        lr = group["lr"] * group["lr_scale"] * taken
         parameter.mul_(1 - lr * group["weight_decay"])
         for part, step in zip(
             parameter.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True
         ):
             matrix = step.flatten(1)  # (C', C · taps) of a kernel
             turned = orthogonal(matrix).view_as(step)
-            part.add_(turned, alpha=-lr * RMS * max(matrix.shape) ** 0.5)
+            part.sub_(turned * (lr * RMS * max(matrix.shape) ** 0.5))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from longtake.models.transfer import HostCopy
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: the global gradient norm before clipping, and whether it was skipped."""
+    """What came of one optimizer step. Looked at, it waits until the device has told."""
 
-    grad_norm: float
-    skipped: bool  # the norm was not finite: no rank changed a weight
+    def __init__(self, grad_norm: torch.Tensor) -> None:
+        """`grad_norm` () on the device, equal on all ranks."""
+        self._norm = HostCopy(grad_norm)
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """The global gradient norm before clipping."""
+        return self._norm.read().item()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the norm was not finite: then no rank changed a weight."""
+        return not math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)
@@ -108,21 +122,24 @@ class Strategy(Protocol):
 
 def clipped_step(
     optimizer: torch.optim.Optimizer,
-    gradients: list[torch.Tensor],
-    norm: float,
+    norm: torch.Tensor,
     lr: float,
     max_grad_norm: float,
 ) -> StepResult:
-    """Steps with `gradients` clipped by their global `norm`; not at all where it is not finite."""
-    finite = norm < float("inf")
-    if finite:
-        if 0 < max_grad_norm < norm:
-            torch._foreach_mul_(gradients, max_grad_norm / (norm + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    """A step with gradients clipped by their global `norm` (); none where it is not finite.
+
+    Nothing waits for the device: its fused AdamW is handed the divisor and the flag.
+    """
+    handed: Any = optimizer
+    handed.found_inf = (~norm.isfinite()).float()
+    handed.grad_scale = None
+    if max_grad_norm > 0:
+        handed.grad_scale = ((norm.float() + 1e-6) / max_grad_norm).clamp(min=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(norm, skipped=not finite)
+    return StepResult(norm)
 
 
 def detached(module: nn.Module) -> dict[str, torch.Tensor]:

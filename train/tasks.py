@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from longtake.data.loader import Batch
 from longtake.data.plan import PlannedSample
 from longtake.data.randomness import generator
+from longtake.models.transfer import to_device
 from longtake.train.engine import Engine
 
 
@@ -35,7 +36,7 @@ class Grouped:
     @classmethod
     def of(cls, names: Sequence[str], index: Tensor, totals: Tensor, weights: Tensor) -> Grouped:
         """Sums of values of samples (B,) by the group (B,) each belongs to."""
-        empty, index = totals.new_zeros(len(names)), index.to(totals.device)
+        empty, index = totals.new_zeros(len(names)), to_device(index, totals.device)
         sums = [empty.index_add(0, index, values.to(empty)) for values in (totals, weights)]
         return cls(tuple(names), *sums)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from longtake.data.loader import Batch, Loader, chain_digests
 from longtake.data.plan import Exclusion, Plan
+from longtake.models.transfer import HostCopy
 from longtake.train import checkpoint
 from longtake.train.attempts import Attempts
 from longtake.train.card import card_row
@@ -23,11 +26,12 @@ from longtake.train.metrics import WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import write_drawings
 from longtake.train.read_once import read_once
+from longtake.train.recovery import Taken, examine
 from longtake.train.report_matrix import show_matrix
-from longtake.train.run_folder import CHECKPOINTS, FINISHED, PREEMPTED, SAMPLES, mark
+from longtake.train.run_folder import FINISHED, PREEMPTED, SAMPLES, mark
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.step_times import StepTimes, Work
-from longtake.train.tasks import LossSum, Means, Task
+from longtake.train.tasks import Means, Task
 from longtake.train.tracking import Tracker
 from longtake.train.validation import Validation
 from longtake.train.watchdog import Watchdog
@@ -72,7 +76,8 @@ class Training:
     data_hash: str  # of every batch so far, in order: the same at any number of ranks
 
     def __post_init__(self) -> None:
-        self._load_from(self.step)
+        self._taken: Taken | None = None  # the last step, until it is settled
+        self.load_from(self.step)
         self._told: set[int] = set()  # validation samples that are known to be left out
         self.resumed_at = self.step if self.step > 0 else -1
         self.watchdog = Watchdog(
@@ -83,10 +88,18 @@ class Training:
             lambda: self._loader.describe(),
         )
 
-    def _load_from(self, step: int) -> None:
+    def load_from(self, step: int) -> None:
+        """Load `step` next, without what was found to be bad."""
+        self.next_load = step
         bad = self.quarantine.exclusions
         self._loader = Loader(self.plan, self.slots, start_step=step, exclusions=bad)
         self._batches = iter(self._loader)
+
+    def pauses_at(self, step: int) -> bool:
+        """Whether something other than the next step is due before it."""
+        config = self.config.train
+        every = config.val_every, config.sample_every, config.checkpoint_every, self.evaluate_every
+        return step == config.steps or any(is_due(step, each, False) for each in every)
 
     @property
     def evaluate_every(self) -> int:
@@ -101,6 +114,7 @@ class Training:
 
     def load(self) -> list[Batch]:
         """This rank's batches of the present step."""
+        self.next_load = self.step + 1
         mine = next(self._batches) if self.ranks.is_reader else ()
         return list(read_once(mine, len(self.slots), self.ranks))
 
@@ -122,12 +136,12 @@ class Training:
         unwritten = [r["unwritten"] for r in reports if r["unwritten"]]
         if unwritten:
             raise checkpoint.CheckpointError(unwritten[0])
-        new = self._exclude([report["bad"] for report in reports])
+        new = self.exclude([report["bad"] for report in reports])
         if new:
             for exclusion in new:
                 self.console.say(f"left out from here on: {exclusion.reason}")
             self.quarantine.check(self.samples_seen)
-            self._load_from(self.step + 1)
+            self.load_from(self.next_load)
         self.data_hash = chain_digests(self.data_hash, (d for r in reports for d in r["data"]))
         work = Work()
         for each in reports:
@@ -146,91 +160,26 @@ class Training:
             flops=sum(map(self.task.flops, batches)),
         )
 
-    def _exclude(self, found: list[list[dict[str, Any]]]) -> list[Exclusion]:
+    def exclude(self, found: list[list[dict[str, Any]]]) -> list[Exclusion]:
         """Exclusions as every rank found them, agreed on and durable; returns what is new."""
         new = self.quarantine.agree([[Exclusion(**each) for each in mine] for mine in found])
         if new:
             self.ranks.barrier()  # rank 0 has written them down
         return new
 
-    def examine(
-        self, batches: list[Batch], losses: list[LossSum], weight: float, result: StepResult
+    def taken(
+        self, batches: list[Batch], shares: list[Tensor], weight: float, result: StepResult
     ) -> None:
-        """Look at the step just taken, of which `weight` is the denominator.
+        """Remember the step just taken, to be settled."""
+        self._taken = Taken(self.step, batches, HostCopy(torch.stack(shares)), weight, result)
 
-        Where it was skipped (something was not finite) its micro-batches of such a loss are left
-        out from here on, or all of them where none has; after train.max_skips in a row the run goes
-        back to the last good checkpoint, and without them from there on. It goes back where the
-        loss jumped, too. RuntimeError after train.max_rewinds such returns.
-        """
-        if result.skipped:
-            bad = [not math.isfinite(loss.total.item()) for loss in losses]
-            reason = f"loss or gradient not finite at step {self.step}"
-            self._leave_out(batches, bad, self.step, reason)  # done again, it is skipped again
-            self.spikes.skips += 1
-            if self.spikes.skips == self.config.train.max_skips:
-                self.rewind(f"{self.spikes.skips} steps in a row were skipped")
-            return
-        self.spikes.skips = 0
-        self.spikes.norms.add(result.grad_norm)
-        if self.spikes.losses.factor:
-            self._examine_loss(batches, [loss.total.item() for loss in losses], weight)
-
-    def _examine_loss(self, batches: list[Batch], shares: list[float], weight: float) -> None:
-        watch = self.spikes.losses
-        total = sum(self.ranks.gather_data(sum(shares))) / weight
-        if watch.jumped(total):
-            counts = map(self.task.weight, batches)
-            bad = [watch.is_high(share / n) for share, n in zip(shares, counts, strict=True)]
-            reason = f"loss jumped to {total:.4g} at step {self.step}"
-            self._leave_out(batches, bad, self.step - 1, reason)  # done again, without them
-            self.rewind(reason)
-
-    def _leave_out(
-        self, batches: list[Batch], bad: list[bool], from_step: int, reason: str
-    ) -> None:
-        """Exclude the samples of the bad micro-batches of all ranks; of all where none is bad."""
-        everything = not any(self.ranks.gather(any(bad)))
-        samples = [
-            sample
-            for batch, is_bad in zip(batches, bad, strict=True)
-            if is_bad or everything
-            for sample in batch.samples
-        ]
-        mine = [Exclusion(s.sample_id, from_step, f"{s.key}: {reason}") for s in samples]
-        new = self._exclude(self.ranks.gather([asdict(exclusion) for exclusion in mine]))
-        self.console.say(f"{reason}: {len(new)} samples are left out from here on")
-        self.quarantine.check(self.samples_seen)
-        self._load_from(self.step)
-
-    def rewind(self, reason: str) -> None:
-        """Back to the last good checkpoint, if there is one; samples that were left out since are
-        left out from there on."""
-        spikes, limit = self.spikes, self.config.train.max_rewinds
-        spikes.rewinds += 1
-        spikes.skips = 0
-        if spikes.rewinds > limit:
-            raise RuntimeError(
-                f"{reason}; the run went back {limit} times before: train.max_rewinds={limit}. "
-                "Lower optim.lr, or look at quarantine.jsonl"
-            )
-        self.writer.finish()
-        path = checkpoint.find_last_good(self.folder / CHECKPOINTS, self.ranks)
-        if path is None:
-            self.console.say("there is no checkpoint to go back to: the run goes on as it is")
-            return
-        state = checkpoint.load_into(path, self.engine, self.ema, self.task.adversary)
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
-        self.data_hash = state["data_hash"]
-        self.losses.load(state["losses"], self.ranks)
-        spikes.load(state["spikes"])
-        self.times.useful = state["useful_seconds"]
-        late = [e for e in self.quarantine.exclusions if e.from_step > self.step]
-        self.quarantine.agree([[replace(each, from_step=self.step) for each in late]])
-        self.ranks.barrier()  # rank 0 has written them down
-        self.resumed_at = self.step
-        self._load_from(self.step)
-        self.console.say(f"{reason}: back at step {self.step}")
+    def settle(self) -> None:
+        """Act on the last step, of which the device has told by now; once."""
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            if not taken.result.skipped:
+                self.ema.update(taken.step)
+            examine(self, taken)
 
     def validate(self) -> None:
         """Validation of the raw and of the EMA weights; a row of `val/…` and `val/…_ema`."""
@@ -341,6 +290,8 @@ def train(run: Training) -> bool:
     times.start()
     stop = False
     while True:
+        if stop or run.pauses_at(run.step):
+            run.settle()
         step = run.step
         is_last = step == config.steps
         with times.pausing():
@@ -365,33 +316,38 @@ def train(run: Training) -> bool:
         with times.waiting_for_others():
             agreed = run.agree(batches)
         stop = agreed.stop
-        taken = []
+        shares = []
         for index, batch in enumerate(batches):
             is_end = index == len(batches) - 1
             with times.working():
                 loss = task.loss(engine, batch)
-                taken.append(loss)
-                if not is_end:
+            if index == 0:
+                run.settle()  # the device has had this forward to do meanwhile
+                if run.step != step:
+                    break
+            shares.append(loss.total.detach())
+            if not is_end:
+                with times.working():
                     engine.backward(loss.total / agreed.weight, last=False)
             if is_end:
                 engine.backward(loss.total / agreed.weight, last=True)
             if task.adversary and loss.critic is not None:
                 task.adversary.engine.backward(loss.critic / agreed.weight, last=is_end)
             losses.add(loss)
+        if run.step != step:
+            continue  # back at a checkpoint
         losses.add_weight(agreed.weight)
         lr, clip_at = lr_at(run.config.optim, step, config.steps), run.spikes.norms.limit
         result = engine.clip_and_step(lr, clip_at)
         played = task.adversary.finish_step(step, agreed.weight) if task.adversary else {}
         run.step = step + 1
-        if not result.skipped:
-            run.ema.update(run.step)
+        run.taken(batches, shares, agreed.weight, result)
         run.samples_seen += agreed.work.samples
         times.count(agreed.work)
         if run.step % config.log_every == 0 or run.step == config.steps:
             run.log_step({"lr": lr, "grad_norm": result.grad_norm, "clip_at": clip_at, **played})
         run.console.advance(run.step)
         run.watchdog.end()
-        run.examine(batches, taken, agreed.weight, result)
 
 
 def is_due(step: int, every: int, is_last: bool) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longtake.data.loader import Batch
 from longtake.data.randomness import uniform
+from longtake.models.transfer import to_device
 from longtake.models.vae import VAE, Posterior
 from longtake.train import fidelity, vae_losses
 from longtake.train.adversary import Adversary
@@ -71,12 +72,13 @@ class VAETask:
 
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
         """Terms of optimizer step `batch.step`; the critic's lesson comes with it."""
-        video = batch.stack_video().to(self.device)  # (B, 3, T, H, W)
+        video = to_device(batch.stack_video(), self.device)  # (B, 3, T, H, W)
         samples = batch.samples
-        noise = normal_draws(samples, self._latent_shape(video), "posterior").to(self.device)
-        pixels, posterior = engine(video, noise)
+        noise = normal_draws(samples, self._latent_shape(video), "posterior")
+        pixels, posterior = engine(video, to_device(noise, self.device))
         pixels = pixels.float()
-        weights = torch.tensor([float(math.prod(s.shape)) for s in samples], device=self.device)
+        weights = torch.tensor([float(math.prod(s.shape)) for s in samples])
+        weights = to_device(weights, self.device)
         adversary, step = self.adversary, batch.step
         heard = adversary is not None and adversary.is_heard(step)
         # The adaptive weight needs gradients at the pixels before there is a backward of the VAE.
@@ -124,7 +126,7 @@ class VAETask:
             self.distance.clear()
         means = Means(latents.summary)
         for batch in batches:
-            video = batch.stack_video().to(self.device)
+            video = to_device(batch.stack_video(), self.device)
             pixels, posterior = self._reconstruct(engine, video)
             if not batch.counted:  # keeps the ranks in step, belongs to nobody
                 continue
@@ -176,7 +178,7 @@ class VAETask:
         """Truth, reconstruction and their difference around grey, from left to right."""
         drawings = []
         for batch in batches:
-            video = batch.stack_video().to(self.device)
+            video = to_device(batch.stack_video(), self.device)
             pixels, _ = self._reconstruct(engine, video)
             triples = torch.cat((video, pixels, pixels - video), dim=-1)  # (B, 3, T, H, 3W)
             for clip, triple in zip(batch.clips, triples.clamp(-1, 1), strict=True):

@@ -61,6 +61,10 @@ class Watchdog:
     def end(self) -> None:
         """It has ended."""
         self._times.append(time.monotonic() - self._since)
+        self.rest()
+
+    def rest(self) -> None:
+        """No step is under way: what follows may take its time."""
         self._since = 0.0
 
     def close(self) -> None:

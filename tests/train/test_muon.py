@@ -100,3 +100,24 @@ def test_a_run_resumes_exactly_and_ranks_agree(shards: Path) -> None:
 def test_sharding_strategies_refuse_it(shards: Path) -> None:
     with pytest.raises(ValueError, match=r"optim\.muon=.* needs whole matrices"):
         parse_config(tree(options(shards, shards / "run", *MUON, "engine=deepspeed_zero2")))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    torch.manual_seed(0)
+    layers = Layers()
+    config = replace(OPTIM, muon=["qkv*"])
+    engine = Engine(layers, config, EngineConfig("ddp", 0, "fp32", "none"), single_process())
+
+    def state() -> list[torch.Tensor]:
+        return [held.tensor.clone() for held in engine.owned_ranges()]
+
+    def step(factor: float) -> bool:
+        for parameter in layers.parameters():
+            parameter.grad = torch.full_like(parameter, factor)
+        return engine.clip_and_step(0.01, 0.5).skipped
+
+    assert not step(1.0)
+    before = state()
+    assert step(float("nan")) and engine.optimizer_steps == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, state(), strict=True))
+    assert not step(1.0) and engine.optimizer_steps == 2

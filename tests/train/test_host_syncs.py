@@ -1,0 +1,89 @@
+"""Nobody waits for the device: a step's norm is read when the next one is under way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.transfer import HostCopy, to_device
+from longtake.train.dit_task import DiTTask
+from longtake.train.engine import Engine, EngineConfig, single_process
+from longtake.train.optim import OptimConfig
+from tests.train import tiny
+from tests.train.tiny_runs import losses, options, train_here, write_splits
+
+SIZES = DiTConfig(
+    *(4, 4), hidden_size=64, num_heads=2, depth=2, ffn_dim=64, text_dim=16, patch_size=(1, 2, 2)
+)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_norm_is_read_while_the_next_step_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """After its first forward and before its backward, unless a row, a checkpoint or the like is
+    due between them; and the run is the one that reads each norm at once."""
+    write_splits(tmp_path, 24, 4)
+    events: list[str] = []
+
+    def spy(owner: type, method: str, name: str) -> None:
+        honest = getattr(owner, method)
+
+        def told(*args: object, **kwargs: object) -> object:
+            events.append(name)
+            return honest(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, told)
+
+    spy(DiTTask, "loss", "loss")
+    spy(Engine, "backward", "backward")
+    spy(Engine, "clip_and_step", "step")
+    spy(HostCopy, "read", "read")
+    more = "train.steps=7", "train.log_every=3", f"engine={engine}", "train.val_every=0"
+    more = (*more, "train.checkpoint_every=5", "data.micro_batches_per_step=2")
+    assert train_here(options(tmp_path, tmp_path / "run", *more)) == 0
+    steps = " ".join(events).split("step")
+    late = "loss read backward loss backward"
+    soon = "loss backward loss backward"
+    assert [each.strip() for each in steps] == [
+        *(soon, late, late),
+        f"read {soon}",  # a row at 3
+        late,
+        f"read {soon}",  # a checkpoint at 5
+        *(f"read {soon}", "read"),  # a row at 6, and the end
+    ]
+    found = losses(tmp_path / "run")
+    monkeypatch.setattr("longtake.train.trainer.Training.pauses_at", lambda run, step: True)
+    assert train_here(options(tmp_path, tmp_path / "eager", *more)) == 0
+    assert losses(tmp_path / "eager") == found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+@pytest.mark.parametrize("muon", [[], ["blocks.*"]])
+def test_a_step_on_a_gpu_syncs_nothing(muon: list[str]) -> None:
+    config = EngineConfig("ddp", 0, "bf16", "none")
+    optim = OptimConfig(**{**vars(tiny.OPTIM), "muon": muon})
+    ranks = single_process(torch.device("cuda"))
+    engine = Engine(DiT(SIZES), optim, config, ranks)
+    results = []
+
+    def step() -> None:
+        latents, t, text = (
+            to_device(x, ranks.device)
+            for x in (torch.randn(2, 4, 3, 8, 8), torch.rand(2), torch.randn(2, 5, 16))
+        )
+        loss = engine(latents, t, text).square().sum()
+        engine.backward(loss, last=True)
+        results.append(engine.strategy.clip_and_step(1e-3, 1.0))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(result.grad_norm > 0 and not result.skipped for result in results)
