@@ -1,18 +1,24 @@
 """Captions to embeddings, as the stock Wan pipeline does it.
 
-Two kinds: `bytes`, a small UMT5 encoder over ByT5's byte tokens that is trained with the DiT and
-needs no vocabulary file, and `pretrained`, any T5 or UMT5 encoder of transformers, frozen.
+Three kinds: `bytes` and `words`, small UMT5 encoders that are trained with the DiT and need no
+vocabulary file, over ByT5's byte tokens or over whole words, and `pretrained`, any T5 or UMT5
+encoder of transformers, frozen.
 transformers is imported when an encoder or tokenizer is built, not before.
 """
 
 import html
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from longtake.models.transfer import to_device
+
+NUM_MARKS, END_MARK = 3, 1  # of ByT5: padding, end and unknown come before what is said
 
 
 @dataclass(frozen=True)
@@ -23,28 +29,37 @@ class TextConfig:
     With kind `pretrained`, `path` is a hub id or folder and the other sizes are read from it.
     """
 
-    kind: Literal["bytes", "pretrained"] = "bytes"
+    kind: Literal["bytes", "words", "pretrained"] = "bytes"
     max_length: int = 128
     d_model: int = 128
     num_layers: int = 2
     num_heads: int = 4
     d_ff: int = 256
+    vocab_size: int = 384  # rows of the table: of bytes 256, 3 marks and ByT5's 125 spare ids
     path: str = ""
     too_long: Literal["truncate", "refuse"] = "truncate"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bytes", "pretrained"):
-            raise ValueError(f"text.kind={self.kind} must be bytes or pretrained")
+        if self.kind not in ("bytes", "words", "pretrained"):
+            raise ValueError(f"text.kind={self.kind} must be bytes, words or pretrained")
         if self.too_long not in ("truncate", "refuse"):
             raise ValueError(f"text.too_long={self.too_long} must be truncate or refuse")
         if self.max_length < 1:
             raise ValueError(f"text.max_length={self.max_length} must be at least 1")
         if self.kind == "pretrained" and not self.path:
             raise ValueError("text.path is empty: text.kind=pretrained needs a hub id or a folder")
-        if self.kind == "bytes" and self.d_model % self.num_heads:
+        least = NUM_MARKS + (256 if self.kind == "bytes" else 1)
+        if self.is_trained and self.vocab_size < least:
+            raise ValueError(f"text.vocab_size={self.vocab_size} must be at least {least}")
+        if self.is_trained and self.d_model % self.num_heads:
             raise ValueError(
                 f"text.d_model={self.d_model} must be divisible by text.num_heads={self.num_heads}"
             )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the encoder learns with the DiT and lives in its checkpoints."""
+        return self.kind != "pretrained"
 
 
 def clean_caption(caption: str) -> str:
@@ -55,6 +70,28 @@ def clean_caption(caption: str) -> str:
     return re.sub(r"\s+", " ", caption.strip()).strip()
 
 
+class WordHashes:
+    """Ids of words, lower case, and of other signs: each word's hash is its row of the table.
+
+    The hashing trick (arXiv 0902.2206): no vocabulary, and a few words share a row. Chinese
+    characters are words. Words are told apart as BERT does it.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        from tokenizers.normalizers import BertNormalizer
+        from tokenizers.pre_tokenizers import BertPreTokenizer
+
+        self.num_rows = vocab_size - NUM_MARKS
+        self.normalize = BertNormalizer().normalize_str
+        self.split = BertPreTokenizer().pre_tokenize_str
+
+    def __call__(self, caption: str, max_length: int) -> list[int]:
+        """Ids with the end mark, cut at `max_length`."""
+        words = [word.encode() for word, _ in self.split(self.normalize(caption))]
+        ids = [NUM_MARKS + zlib.crc32(word) % self.num_rows for word in words]
+        return [*ids[: max_length - 1], END_MARK]
+
+
 class Tokenizer:
     """Captions → token ids without padding, cleaned, with the end mark, cut at `max_length`."""
 
@@ -62,16 +99,24 @@ class Tokenizer:
         from transformers import ByT5Tokenizer
 
         self.config = config
-        self.tokenizer: Any = (
-            ByT5Tokenizer() if config.kind == "bytes" else _load_tokenizer(config.path)
-        )
+        self.tokenizer: Any = None  # of transformers
+        if config.kind == "words":
+            self.words = WordHashes(config.vocab_size)
+        else:
+            self.tokenizer = (
+                ByT5Tokenizer() if config.kind == "bytes" else _load_tokenizer(config.path)
+            )
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         """Ids (L,) int64 of each caption; "" gives the end mark alone."""
         cleaned = [clean_caption(caption) for caption in captions]
-        ids = self.tokenizer(
-            cleaned, max_length=self.config.max_length, truncation=True, add_special_tokens=True
-        ).input_ids
+        limit = self.config.max_length
+        if self.config.kind == "words":
+            ids = [self.words(caption, limit) for caption in cleaned]
+        else:
+            ids = self.tokenizer(
+                cleaned, max_length=limit, truncation=True, add_special_tokens=True
+            ).input_ids
         return [torch.tensor(row, dtype=torch.int64) for row in ids]
 
 
@@ -83,12 +128,12 @@ class TextEncoder(nn.Module):
         from transformers import UMT5Config, UMT5EncoderModel
 
         self.config = config
-        if config.kind == "pretrained":
+        if not config.is_trained:
             self.encoder: Any = _load_encoder(config.path).eval().requires_grad_(False)
             return
         self.encoder = UMT5EncoderModel(
             UMT5Config(
-                vocab_size=384,  # 256 bytes, 3 marks, 125 spare ids of ByT5
+                vocab_size=config.vocab_size,
                 d_model=config.d_model,
                 d_kv=config.d_model // config.num_heads,
                 d_ff=config.d_ff,
@@ -102,12 +147,14 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def init_neighbourhoods(self) -> None:
-        """Half of the heads start by looking at the bytes before their own, half at those behind.
+        """Half of the heads start by looking at the tokens before their own, half at those behind.
 
-        T5 starts with hardly any preference, and each byte sees the mean of its caption: a red ball
-        left of a blue one is then the same as the other way round, and stays so. Slopes as in
-        ALiBi (arXiv 2108.12409), each with a reach of 4 to 16 bytes; training moves them freely.
+        T5 starts with hardly any preference, and each token sees the mean of its caption: a red
+        ball left of a blue one is then the same as the other way round, and stays so. Slopes as in
+        ALiBi (arXiv 2108.12409), with a reach of 4 to 16 bytes, or 1 to 4 words; training moves
+        them freely.
         """
+        farthest = 16 if self.config.kind == "bytes" else 4
         config = self.encoder.config
         half, pairs = config.relative_attention_num_buckets // 2, max(config.num_heads // 2, 1)
         near, number = half // 2, torch.arange(half)  # buckets hold one distance, then ever more
@@ -118,15 +165,15 @@ class TextEncoder(nn.Module):
             if not name.endswith("relative_attention_bias"):
                 continue
             for head in range(config.num_heads):
-                reach = 16 / 4 ** (head // 2 / max(pairs - 1, 1))
-                sides = (-distance / reach, away)  # buckets of bytes before come first
+                reach = farthest / 4 ** (head // 2 / max(pairs - 1, 1))
+                sides = (-distance / reach, away)  # buckets of tokens before come first
                 module.weight[:, head] = torch.cat(sides if head % 2 == 0 else sides[::-1])
-                module.weight[0, head] = -2.0  # the byte itself, which the residual carries
+                module.weight[0, head] = -2.0  # the token itself, which the residual carries
 
     def train(self, mode: bool = True) -> "TextEncoder":
         """Training mode; a frozen encoder stays in evaluation mode, its dropout off."""
         super().train(mode)
-        if self.config.kind == "pretrained":
+        if not self.config.is_trained:
             self.encoder.eval()
         return self
 
@@ -145,10 +192,10 @@ class TextEncoder(nn.Module):
         if longest > limit:
             raise ValueError(f"caption of {longest} tokens: text.max_length={limit} is the limit")
         device = self.encoder.get_input_embeddings().weight.device
-        padded = nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(device)  # (B, longest)
+        padded = to_device(nn.utils.rnn.pad_sequence(list(ids), batch_first=True), device)
         mask = torch.arange(longest)[None] < lens[:, None]
-        mask = mask.to(device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.kind == "bytes"):
+        mask = to_device(mask, device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.is_trained):
             embeds = self.encoder(padded, mask.long()).last_hidden_state
         embeds = embeds * mask[..., None]
         return nn.functional.pad(embeds, (0, 0, 0, limit - longest)), lens
@@ -164,7 +211,7 @@ def embed_dim(config: TextConfig) -> int:
     """Width of the embeddings, known without loading the encoder."""
     from transformers import AutoConfig
 
-    if config.kind == "bytes":
+    if config.is_trained:
         return config.d_model
     return int(AutoConfig.from_pretrained(config.path).d_model)
 

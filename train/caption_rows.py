@@ -27,7 +27,7 @@ class CaptionRows:
         self.config, self.device = config, device
         self.tokenizer = Tokenizer(config.text)
         self._encoder: TextEncoder | None = None
-        self._is_cached = config.codec == "vae" and config.text.kind == "pretrained"
+        self._is_cached = config.codec == "vae" and not config.text.is_trained
         self._empty = (
             read_empty_text(config.data.train[0].path)
             if self._is_cached
@@ -94,7 +94,7 @@ class CaptionRows:
         return rows if self._is_cached else self._encode(rows)
 
     def _encode(self, ids: list[Tensor]) -> list[Tensor]:
-        return ids if self.config.text.kind == "bytes" else self.frozen.rows(ids)
+        return ids if self.config.text.is_trained else self.frozen.rows(ids)
 
 
 def join_words(row: Tensor, numbers: Mapping[str, float], tokenizer: Tokenizer) -> Tensor:

@@ -238,7 +238,7 @@ def _check_given(config: DiTRun) -> None:
             f"that is encoded alone is one latent frame; or set tasks.{task}=0",
         )
     require(
-        not config.numbers.told or config.codec == "identity" or config.text.kind == "bytes",
+        not config.numbers.told or config.codec == "identity" or config.text.is_trained,
         f"numbers.sources={config.numbers.told} must all be null: text.kind={config.text.kind} "
         "with codec=vae takes captions from the cache, to which no words can be added",
     )
@@ -255,6 +255,10 @@ def _check_exportable(config: DiTRun) -> None:
     require(
         prediction == "velocity",
         f"prediction={prediction} must be velocity with export.required=true: {remedy}",
+    )
+    require(
+        config.text.kind != "words",
+        f"text.kind=words must be bytes or pretrained with export.required=true: {remedy}",
     )
     positions = config.model.absolute_positions
     require(

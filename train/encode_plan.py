@@ -197,5 +197,5 @@ def latent_meta(samples: SampleReader, cut: Cut) -> dict[str, Any]:
 
 def text_cache(config: TextConfig) -> TextCache:
     """What is kept of captions: ids where the encoder learns with the DiT, else embeddings."""
-    kind = "tokens" if config.kind == "bytes" else "embeddings"
+    kind = "tokens" if config.is_trained else "embeddings"
     return TextCache(kind, text_hash(config), config.max_length)

@@ -36,7 +36,7 @@ class EncodedText:
     def load(cls, config: TextConfig, device: torch.device) -> EncodedText:
         """Tokenizer and, where it is not trained with the DiT, encoder of a config."""
         text = cls(Tokenizer(config), None)
-        if config.kind == "pretrained":
+        if not config.is_trained:
             text = replace(text, encoder=TextEncoder(config).to(device).eval())
         return text
 

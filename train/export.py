@@ -127,6 +127,8 @@ def check_exportable(config: DiTRun) -> None:
         raise ValueError(
             f"prediction={config.prediction}: the stock scheduler integrates a velocity: {remedy}"
         )
+    if config.text.kind == "words":
+        raise ValueError(f"text.kind=words has no stock tokenizer: {remedy}")
     if positions := config.model.absolute_positions:
         raise ValueError(f"model.absolute_positions={positions}: stock Wan has none: {remedy}")
     for bucket in config.data.buckets:

@@ -120,7 +120,7 @@ def load_run(
         return LoadedVAE(place, config, weights, vae)
     dit = _fill(DiT(config.model), tensors, "dit.", place, device)
     text = TextEncoder(config.text)
-    if config.text.kind == "pretrained":  # frozen: it is where it came from, not in the checkpoint
+    if not config.text.is_trained:  # frozen: it is where it came from, not in the checkpoint
         text = text.eval().requires_grad_(False).to(device)
     else:
         text = _fill(text, tensors, "text.", place, device)

@@ -145,7 +145,7 @@ def _check_latents(config: VAERun | DiTRun) -> None:
                 f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the "
                 f"channels of the latents in data.{name}.{index}.path={dataset.path}",
             )
-    if config.text.kind == "pretrained":
+    if not config.text.is_trained:
         width = read_empty_text(config.data.train[0].path).shape[1]
         require(
             config.model.text_dim == width,

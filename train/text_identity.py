@@ -22,8 +22,11 @@ def text_hash(config: TextConfig) -> str:
     """Identity (hex) of a tokenizer and encoder.
 
     Of a folder: names and bytes of its config, tokenizer and weights, so that it may move but not
-    change. Of a hub id: the id. The embedded byte tokenizer is always the same.
+    change. Of a hub id: the id. The embedded byte tokenizer is always the same; words are known by
+    the number of rows they are hashed to.
     """
+    if config.kind == "words":
+        return hashlib.sha256(f"words:{config.vocab_size}".encode()).hexdigest()
     folder, identity = Path(config.path), config.path
     if config.kind == "pretrained" and folder.is_dir():
         identity = "\n".join(f"{path.name} {_file_hash(path)}" for path in identity_files(folder))

@@ -11,6 +11,7 @@ from longtake.models.dit import DiT
 from longtake.models.sampler import TextInput
 from longtake.models.text import TextEncoder
 from longtake.models.tokens import Video
+from longtake.models.transfer import to_device
 from longtake.train.optim import freeze
 from longtake.train.schema import DiTRun
 
@@ -31,7 +32,7 @@ class TextToVideo(nn.Module):
     @classmethod
     def from_config(cls, config: DiTRun) -> TextToVideo:
         """Fresh weights, what config.freeze names not to be trained; errors as of `freeze`."""
-        text = TextEncoder(config.text) if config.text.kind == "bytes" else None
+        text = TextEncoder(config.text) if config.text.is_trained else None
         module = cls(DiT(config.model), text, config.text.max_length)
         freeze(module, config.freeze)
         return module
@@ -42,7 +43,7 @@ class TextToVideo(nn.Module):
             return TextInput(*self.text(rows))
         text = pad_embeddings([row.cpu() for row in rows], self.max_length)
         device = next(self.dit.parameters()).device
-        return TextInput(text.embeds.to(device), text.lens)
+        return TextInput(to_device(text.embeds, device), text.lens)
 
     def forward(
         self,
@@ -61,7 +62,7 @@ class TextToVideo(nn.Module):
         """
         text = self.encode(rows)
         return self.dit(
-            *(latents, t, text.embeds.to(t.device), text.lens),
+            *(latents, t, to_device(text.embeds, t.device), text.lens),
             levels=levels,
             level_index=level_index,
             extra_t=extra_t,

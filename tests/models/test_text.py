@@ -1,17 +1,20 @@
-"""Text encoding against the stock pipeline; bytes, cleaning, limits."""
+"""Text encoding against the stock pipeline; bytes, words, cleaning, limits."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from longtake.data.world import FAMILIES, make_clip
 from longtake.models.text import TextConfig, TextEncoder, Tokenizer, clean_caption
 
 CONFIG = TextConfig(max_length=40, d_model=16, num_layers=2, num_heads=2, d_ff=24)
+WORDS = TextConfig("words", max_length=12, d_model=16, num_heads=2, d_ff=24, vocab_size=16384)
 CAPTIONS = ["a red ball", "", "  two &amp;amp; three\n\tsquares  ", "红球向右移动", "x" * 100]
 
 
@@ -54,9 +57,10 @@ def test_pretrained_folder_is_frozen_and_equals_the_stock_pipeline(tmp_path: Pat
     torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=0)
 
 
-def test_one_caption_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("config", [CONFIG, WORDS])
+def test_one_caption_does_not_depend_on_the_others(config: TextConfig) -> None:
     torch.manual_seed(0)
-    encoder, tokenizer = TextEncoder(CONFIG), Tokenizer(CONFIG)
+    encoder, tokenizer = TextEncoder(config), Tokenizer(config)
     together, _ = encoder(tokenizer(CAPTIONS))
     for row, caption in zip(together, CAPTIONS, strict=True):
         alone, _ = encoder(tokenizer([caption]))
@@ -83,6 +87,35 @@ def test_ids_are_cut_with_the_end_mark_kept() -> None:
     assert len(long) == 40 and long[-1] == 1
 
 
+def test_words_are_one_token_whatever_stands_around_them() -> None:
+    one, other, chinese, empty, long = Tokenizer(WORDS)(
+        ["A Ball, left of two", "two: left balls; of a ball", "红球 moves", "", "red " * 30]
+    )
+    a, ball, comma, left, of, two, end = one.tolist()
+    assert len({a, ball, comma, left, of, two, end}) == 7 and end == 1
+    assert other.tolist()[2] == left and other.tolist()[-2] == ball and other.tolist()[0] == two
+    assert other.tolist()[3] not in (ball, left)  # "balls" is another word
+    assert len(chinese) == 4  # each sign is a word
+    assert empty.tolist() == [1] and len(long) == 12 and long[-1] == 1
+    assert max(map(max, (one, other, chinese))) < WORDS.vocab_size
+
+
+def test_no_two_words_of_the_world_share_a_row() -> None:
+    captions = [
+        make_clip(0, "train", index, families=tuple(FAMILIES), frames=17, height=64, width=64)
+        for index in range(300)
+    ]
+    tokenizer = Tokenizer(TextConfig("words", max_length=200, vocab_size=16384))
+    rows: dict[int, set[str]] = {}
+    for clip in captions:
+        for kind in ("dense", "short", "vague"):
+            words = re.findall(r"\w+|[^\w\s]", clip.captions[kind].lower())
+            for word in words:
+                rows.setdefault(tokenizer([word])[0][0].item(), set()).add(word)
+    assert len(rows) > 100
+    assert {len(words) for words in rows.values()} == {1}, rows
+
+
 def test_too_many_ids_are_refused() -> None:
     with pytest.raises(ValueError, match=r"text\.max_length=40"):
         TextEncoder(CONFIG)([torch.ones(41, dtype=torch.int64)])
@@ -91,7 +124,8 @@ def test_too_many_ids_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        ({"kind": "words"}, "text.kind=words"),
+        ({"kind": "chars"}, "text.kind=chars"),
+        ({"vocab_size": 258}, "text.vocab_size=258"),
         ({"kind": "pretrained"}, "text.path"),
         ({"max_length": 0}, "text.max_length=0"),
         ({"d_model": 15}, "text.d_model=15"),
@@ -108,14 +142,18 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
         TextEncoder(TextConfig(kind="pretrained", path=str(tmp_path)))
 
 
-def test_a_fresh_encoder_tells_orders_apart() -> None:
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_a_fresh_encoder_tells_orders_apart(kind: Literal["bytes", "words"]) -> None:
     """A word in two orders of the same words is not the same; with T5's own start .03 differ."""
-    config = TextConfig()
+    config = TextConfig(kind)
     torch.manual_seed(0)
     encoder = TextEncoder(config)
     captions = ["a red one left of a blue one", "a blue one left of a red one"]
-    embeds, _ = encoder(Tokenizer(config)(captions))
+    ids = Tokenizer(config)(captions)
+    embeds, _ = encoder(ids)
+    (red,) = Tokenizer(config)(["red"])
     first, other = (
-        row[caption.index("red") :][:3] for row, caption in zip(embeds, captions, strict=True)
+        row[number.tolist().index(int(red[0])) :][: len(red) - 1]
+        for row, number in zip(embeds, ids, strict=True)
     )
     assert (first - other).norm() > 0.2 * first.norm()
