@@ -326,11 +326,11 @@ def train(run: Training) -> bool:
                 if run.step != step:
                     break
             shares.append(loss.total.detach())
-            if not is_end:
+            if is_end:  # ends with talking to the other ranks
+                engine.backward(loss.total / agreed.weight, last=True)
+            else:
                 with times.working():
                     engine.backward(loss.total / agreed.weight, last=False)
-            if is_end:
-                engine.backward(loss.total / agreed.weight, last=True)
             if task.adversary and loss.critic is not None:
                 task.adversary.engine.backward(loss.critic / agreed.weight, last=is_end)
             losses.add(loss)

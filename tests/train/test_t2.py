@@ -18,7 +18,7 @@ from tests.train.learning import (
 )
 
 FAMILIES = "move", "count", "leftright", "collide"
-STEPS, CLIPS, PROMPTS = 8000, 12_000, 256  # of 16 clips
+STEPS, CLIPS, PROMPTS = 5000, 12_000, 256  # of 16 clips
 BARS = {
     "causal": 0.8,
     "direction": 0.85,
