@@ -8,23 +8,20 @@ import torch
 from longtake.models.dit import DiT, DiTConfig
 from longtake.models.transfer import HostCopy, to_device
 from longtake.train.dit_task import DiTTask
-from longtake.train.engine import Engine, EngineConfig, single_process
+from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from longtake.train.optim import OptimConfig
+from longtake.train.trainer import Training
 from tests.train import tiny
-from tests.train.tiny_runs import losses, options, train_here, write_splits
+from tests.train.forked import import_before_fork, run_ranks
+from tests.train.tiny_runs import losses, options, train_on_rank, write_splits
 
 SIZES = DiTConfig(
     *(4, 4), hidden_size=64, num_heads=2, depth=2, ffn_dim=64, text_dim=16, patch_size=(1, 2, 2)
 )
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_norm_is_read_while_the_next_step_is_under_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    """After its first forward and before its backward, unless a row, a checkpoint or the like is
-    due between them; and the run is the one that reads each norm at once."""
-    write_splits(tmp_path, 24, 4)
+def spied(ranks: Ranks, overrides: list[str]) -> list[str]:
+    """What a run does, in order."""
     events: list[str] = []
 
     def spy(owner: type, method: str, name: str) -> None:
@@ -34,15 +31,33 @@ def test_a_norm_is_read_while_the_next_step_is_under_way(
             events.append(name)
             return honest(*args, **kwargs)
 
-        monkeypatch.setattr(owner, method, told)
+        patch.setattr(owner, method, told)
 
-    spy(DiTTask, "loss", "loss")
-    spy(Engine, "backward", "backward")
-    spy(Engine, "clip_and_step", "step")
-    spy(HostCopy, "read", "read")
+    with pytest.MonkeyPatch.context() as patch:
+        spy(DiTTask, "loss", "loss")
+        spy(Engine, "backward", "backward")
+        spy(Engine, "clip_and_step", "step")
+        spy(HostCopy, "read", "read")
+        assert train_on_rank(ranks, overrides) == 0
+    return events
+
+
+def train_eagerly(ranks: Ranks, overrides: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "pauses_at", lambda run, step: True)
+        return train_on_rank(ranks, overrides)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_norm_is_read_while_the_next_step_is_under_way(tmp_path: Path, engine: str) -> None:
+    """After its first forward and before its backward, unless a row, a checkpoint or the like is
+    due between them; and the run is the one that reads each norm at once."""
+    import_before_fork()
+    write_splits(tmp_path, 24, 4)
     more = "train.steps=7", "train.log_every=3", f"engine={engine}", "train.val_every=0"
     more = (*more, "train.checkpoint_every=5", "data.micro_batches_per_step=2")
-    assert train_here(options(tmp_path, tmp_path / "run", *more)) == 0
+    (events,) = run_ranks(1, spied, options(tmp_path, tmp_path / "run", *more))
     steps = " ".join(events).split("step")
     late = "loss read backward loss backward"
     soon = "loss backward loss backward"
@@ -53,10 +68,8 @@ def test_a_norm_is_read_while_the_next_step_is_under_way(
         f"read {soon}",  # a checkpoint at 5
         *(f"read {soon}", "read"),  # a row at 6, and the end
     ]
-    found = losses(tmp_path / "run")
-    monkeypatch.setattr("longtake.train.trainer.Training.pauses_at", lambda run, step: True)
-    assert train_here(options(tmp_path, tmp_path / "eager", *more)) == 0
-    assert losses(tmp_path / "eager") == found
+    assert run_ranks(1, train_eagerly, options(tmp_path, tmp_path / "eager", *more)) == [0]
+    assert losses(tmp_path / "eager") == losses(tmp_path / "run")
 
 
 @pytest.mark.gpu
