@@ -111,7 +111,7 @@ def test_no_two_words_of_the_world_share_a_row() -> None:
         for kind in ("dense", "short", "vague"):
             words = re.findall(r"\w+|[^\w\s]", clip.captions[kind].lower())
             for word in words:
-                rows.setdefault(tokenizer([word])[0][0].item(), set()).add(word)
+                rows.setdefault(int(tokenizer([word])[0][0]), set()).add(word)
     assert len(rows) > 100
     assert {len(words) for words in rows.values()} == {1}, rows
 
