@@ -27,6 +27,8 @@ from longtake.train.checks import choice, require
 from longtake.train.engine import native_precision
 from longtake.train.schema import STAGES, DiTRun, RunConfig, VAERun
 
+MULTIPLE = 16  # of height and width: what the stock pipeline insists on
+IMAGE_PATCH = (1, 2, 2)  # its TI2V form reads every second latent of its mask
 # Keys that may differ on resume: where things lie, how they are watched, how work is split.
 FREE_KEYS = (
     *("output_dir", "resume", "vae_run", "tracking", "export", "samples", "validation"),
@@ -245,37 +247,35 @@ def _check_given(config: DiTRun) -> None:
 
 
 def _check_exportable(config: DiTRun) -> None:
-    """The stock WanPipeline's limits; with export.required they are refused at the start."""
+    """With export.required, what the stock pipeline cannot do is refused at the start."""
     remedy = "set export.required=false and sample with `longtake sample`"
-    require(
-        config.codec == "vae",
-        f"codec={config.codec} must be vae with export.required=true: {remedy}",
-    )
-    prediction = config.prediction
-    require(
-        prediction == "velocity",
-        f"prediction={prediction} must be velocity with export.required=true: {remedy}",
-    )
-    require(
-        config.text.kind != "words",
-        f"text.kind=words must be bytes or pretrained with export.required=true: {remedy}",
-    )
-    positions = config.model.absolute_positions
-    require(
-        positions == 0,
-        f"model.absolute_positions={positions} must be 0 with export.required=true: {remedy}",
-    )
-    for bucket in config.data.buckets:
-        require(
-            bucket.height % 16 == 0 and bucket.width % 16 == 0,
-            f"data.buckets has {bucket.name}, height and width must be divisible by 16 with "
-            f"export.required=true: {remedy}",
-        )
+    check_exportable(config, remedy)
     patch = tuple(config.model.patch_size)
     require(
-        config.tasks.get("i2v", 0.0) == 0 or patch == (1, 2, 2),
-        f"model.patch_size={patch} must be (1, 2, 2) for i2v with export.required=true: {remedy}",
+        config.tasks.get("i2v", 0.0) == 0 or patch == IMAGE_PATCH,
+        f"model.patch_size={patch} must be {IMAGE_PATCH} for i2v with export.required=true: "
+        f"{remedy}",
     )
+
+
+def check_exportable(config: DiTRun, remedy: str = "draw with `longtake sample` instead") -> None:
+    """ValueError with the key, its value, the stock WanPipeline's limit, and a remedy."""
+    positions = config.model.absolute_positions
+    limits = {
+        f"codec={config.codec} must be vae": config.codec == "vae",
+        f"prediction={config.prediction} must be velocity, which the stock scheduler integrates": (
+            config.prediction == "velocity"
+        ),
+        "text.kind=words must be bytes or pretrained, which have stock tokenizers": (
+            config.text.kind != "words"
+        ),
+        f"model.absolute_positions={positions} must be 0, stock Wan has none": positions == 0,
+    }
+    for bucket in config.data.buckets:
+        rule = f"data.buckets has {bucket.name}, height and width must be divisible by {MULTIPLE}"
+        limits[rule] = bucket.height % MULTIPLE == 0 and bucket.width % MULTIPLE == 0
+    for rule, holds in limits.items():
+        require(holds, f"{rule}, to be exported: {remedy}")
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:

@@ -23,7 +23,7 @@ from longtake.models.interop import (
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
-from longtake.train.config import to_tree
+from longtake.train.config import IMAGE_PATCH, check_exportable, to_tree
 from longtake.train.export_card import model_card
 from longtake.train.lora import split_adapters
 from longtake.train.painter import GivenClips, Painter, noise_for, sampler_of
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from diffusers import WanPipeline
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
-MULTIPLE = 16  # of height and width: what the stock pipeline insists on
-IMAGE_PATCH = (1, 2, 2)  # the TI2V form reads every second latent of its mask
 TOLERANCE = 1e-3  # of pixels in [0, 1]
 VERIFY_PROMPTS = ("a red circle moves left", "")
 VERIFY_STEPS = 4
@@ -116,27 +114,6 @@ def check_free(out: Path, proof: str, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: exists; choose another folder or give --overwrite")
     check_replaceable(out, proof)
-
-
-def check_exportable(config: DiTRun) -> None:
-    """ValueError with the key, its value and the stock pipeline's limit."""
-    remedy = "draw with `longtake sample` instead"
-    if config.codec != "vae":
-        raise ValueError(f"codec={config.codec} has no stock pipeline, codec=vae has: {remedy}")
-    if config.prediction != "velocity":
-        raise ValueError(
-            f"prediction={config.prediction}: the stock scheduler integrates a velocity: {remedy}"
-        )
-    if config.text.kind == "words":
-        raise ValueError(f"text.kind=words has no stock tokenizer: {remedy}")
-    if positions := config.model.absolute_positions:
-        raise ValueError(f"model.absolute_positions={positions}: stock Wan has none: {remedy}")
-    for bucket in config.data.buckets:
-        if bucket.height % MULTIPLE or bucket.width % MULTIPLE:
-            raise ValueError(
-                f"data.buckets has {bucket.name}: WanPipeline draws only heights and widths that "
-                f"{MULTIPLE} divides: {remedy}"
-            )
 
 
 def draws_from_image(config: DiTRun) -> bool:

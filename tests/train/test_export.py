@@ -9,7 +9,8 @@ import torch
 
 from longtake.models.dit import DiT
 from longtake.train import export
-from longtake.train.export import check_exportable, export_run
+from longtake.train.config import check_exportable
+from longtake.train.export import export_run
 from longtake.train.runs import load_dit
 
 from .conftest import Road
