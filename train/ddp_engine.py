@@ -99,7 +99,7 @@ class ReplicatedStrategy:
     def __init__(self, module: nn.Module, optimizer_config: OptimConfig, ranks: Ranks) -> None:
         self.module = module
         self.ranks = ranks
-        self.optimizer = build_adamw(module, optimizer_config)
+        self.optimizer = build_adamw(module, optimizer_config, ranks)
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         for parameter in self.named.values():
             create_state(self.optimizer, parameter)

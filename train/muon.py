@@ -7,11 +7,14 @@ which a CPU without that format does 17 times slower, and knows no matrices side
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from longtake.train.ranks import Ranks
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned for speed
 ITERATIONS = 5
@@ -25,7 +28,14 @@ class MuonAdamW(torch.optim.AdamW):
 
     A Muon group's `lr_scale` multiplies its learning rate. Its second moments stay zero: state and
     checkpoints have one layout whichever way a parameter is moved.
+
+    `ranks` hold the same parameters and gradients, and step together: each turns its share of the
+    matrices for all, in a buffer as large as all of them.
     """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], ranks: Ranks, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.ranks = ranks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -33,44 +43,59 @@ class MuonAdamW(torch.optim.AdamW):
         if closure is not None:
             raise ValueError("closures are not supported")
         every = self.param_groups
-        # As torch's fused AdamW takes them from whoever clips: a divisor, and 1 to change nothing.
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        skip: Tensor | None = getattr(self, "found_inf", None)
-        for group in every:
-            for parameter in group["params"] if group.get("parts") else ():
-                if parameter.grad is not None:
-                    self._turn(parameter, group, scale, skip)
+        self._turn([group for group in every if group.get("parts")])
         self.param_groups = [group for group in every if not group.get("parts")]
         try:
             super().step()
         finally:
             self.param_groups = every
 
-    def _turn(
-        self,
-        parameter: Tensor,
-        group: dict[str, Any],
-        scale: Tensor | None,
-        skip: Tensor | None,
-    ) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad if scale is None else parameter.grad / scale
-        momentum = self.state[parameter]["exp_avg"]
-        taken: Tensor | float = 1.0
-        if skip is not None:
-            taken = 1.0 - skip
-            gradient = torch.where(skip.bool(), momentum, gradient)  # which leaves it where it is
-        momentum.lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
-        self.state[parameter]["step"] += taken
-        lr = group["lr"] * group["lr_scale"] * taken
-        parameter.mul_(1 - lr * group["weight_decay"])
-        for part, step in zip(
-            parameter.chunk(group["parts"]), ahead.chunk(group["parts"]), strict=True
-        ):
-            matrix = step.flatten(1)  # (C', C · taps) of a kernel
-            turned = orthogonal(matrix).view_as(step)
-            part.sub_(turned * (lr * RMS * max(matrix.shape) ** 0.5))
+    def _turn(self, groups: Iterable[dict[str, Any]]) -> None:
+        # As torch's fused AdamW takes them from whoever clips: a divisor, and 1 to change nothing.
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        taken = 1.0 if skip is None else 1.0 - skip
+        moves: list[tuple[Tensor, Tensor, Tensor | float]] = []
+        for group in groups:
+            lr = group["lr"] * group["lr_scale"] * taken
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = parameter.grad if scale is None else parameter.grad / scale
+                momentum = self.state[parameter]["exp_avg"]
+                if skip is not None:
+                    gradient = torch.where(skip.bool(), momentum, gradient)  # stays where it is
+                momentum.lerp_(gradient, 1 - MOMENTUM)
+                ahead = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+                self.state[parameter]["step"] += taken
+                parameter.mul_(1 - lr * group["weight_decay"])
+                parts = (tensor.chunk(group["parts"]) for tensor in (parameter, ahead))
+                # a kernel's matrix is (C', C · taps)
+                moves += [(part, step.flatten(1), lr) for part, step in zip(*parts, strict=True)]
+        turned = orthogonal_over(self.ranks, [matrix for _, matrix, _ in moves])
+        for (part, _, lr), matrix in zip(moves, turned, strict=True):
+            part.sub_(matrix.view_as(part) * (lr * RMS * max(matrix.shape) ** 0.5))
+
+
+def orthogonal_over(ranks: Ranks, matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each matrix, which all ranks have; each rank does about the same work.
+
+    The same bits at any number of ranks: one works a matrix out, and the others add zeros to it.
+    """
+    if ranks.world_size == 1 or not matrices:
+        return [orthogonal(matrix) for matrix in matrices]
+    flat = matrices[0].new_zeros(sum(matrix.numel() for matrix in matrices))
+    pieces = flat.split([matrix.numel() for matrix in matrices])
+    turned = [piece.view_as(matrix) for piece, matrix in zip(pieces, matrices, strict=True)]
+    work = [0] * ranks.world_size
+    cost = [matrix.numel() * min(matrix.shape) for matrix in matrices]
+    for i in sorted(range(len(matrices)), key=lambda i: -cost[i]):  # largest first, to whom is idle
+        rank = work.index(min(work))
+        work[rank] += cost[i]
+        if rank == ranks.rank:
+            turned[i].copy_(orthogonal(matrices[i]))
+    dist.all_reduce(flat)
+    return turned
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from longtake.train.muon import MuonAdamW
+from longtake.train.ranks import Ranks, single_process
 
 T = TypeVar("T")
 SCHEDULES = ("constant", "cosine")
@@ -146,14 +148,20 @@ def is_matrix(name: str, parameter: torch.Tensor) -> bool:
     return parameter.requires_grad and parameter.ndim >= 2 and name.endswith(".weight")
 
 
-def build_adamw(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Torch's fused AdamW, with Muon for the matrices that `muon` names; fp32 parameters only."""
+def build_adamw(
+    module: nn.Module, config: OptimConfig, ranks: Ranks | None = None
+) -> torch.optim.AdamW:
+    """Torch's fused AdamW, with Muon for the matrices that `muon` names; fp32 parameters only.
+
+    Muon's work is divided between `ranks` that hold the same; by default there is one.
+    """
     turned = muon_groups(module, config)
     theirs = {id(parameter) for group in turned for parameter in group["params"]}
     groups = parameter_groups(module, config.weight_decay)
     for group in groups:
         group["params"] = [p for p in group["params"] if id(p) not in theirs]
-    return (MuonAdamW if turned else torch.optim.AdamW)(
+    kind = partial(MuonAdamW, ranks=ranks or single_process()) if turned else torch.optim.AdamW
+    return kind(
         [*(group for group in groups if group["params"]), *turned],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),

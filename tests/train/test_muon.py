@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
+from longtake.train import muon
 from longtake.train.config import parse_config
 from longtake.train.engine import Engine, EngineConfig, single_process
 from longtake.train.muon import MOMENTUM, RMS, MuonAdamW, orthogonal
 from longtake.train.optim import build_adamw, create_state, muon_groups
+from longtake.train.ranks import Ranks
 from tests.train.forked import run_ranks
 from tests.train.tiny import OPTIM, Tiny
 from tests.train.tiny_runs import losses, options, train_here, train_on_rank, tree
@@ -95,6 +98,28 @@ def test_a_run_resumes_exactly_and_ranks_agree(shards: Path) -> None:
     assert losses(halves) == losses(whole)
     run_ranks(2, train_on_rank, options(shards, two, *MUON))
     assert losses(two) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def share_of_work(ranks: Ranks) -> tuple[list[bool], int]:
+    """Whether each result is `orthogonal`'s own, and how many this rank worked out."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (16, 8), (8, 8), (4, 64), (8, 8), (24, 24), (8, 24)]
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    with patch.object(muon, "orthogonal", side_effect=orthogonal) as worked_out:
+        found = muon.orthogonal_over(ranks, matrices)
+    same = [
+        torch.equal(one, orthogonal(matrix)) for one, matrix in zip(found, matrices, strict=True)
+    ]
+    return same, worked_out.call_count
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_divide_the_work_and_find_the_same(world_size: int) -> None:
+    results = run_ranks(world_size, share_of_work)
+    assert all(same == [True] * 7 for same, _ in results)
+    counts = [count for _, count in results]
+    assert sum(counts) == 7 and min(counts) >= 1
+    assert share_of_work(single_process())[0] == [True] * 7
 
 
 def test_sharding_strategies_refuse_it(shards: Path) -> None:
