@@ -11,16 +11,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
 from longtake.data.plan import PlannedSample
 from longtake.models.discriminator import Discriminator
-from longtake.models.transfer import to_device
+from longtake.models.transfer import HostCopy, to_device
 from longtake.train.engine import Engine, Ranks
 from longtake.train.metrics import WeightedMean
 from longtake.train.schema import VAERun
+from longtake.train.strategy import StepResult
 from longtake.train.tasks import LossSum, normal_draws
 
 VERDICT_DECAY = 0.99  # of the running means of logits that LeCAM holds the verdicts to
@@ -33,11 +35,18 @@ class Figures:
 
     started: int | None = None  # optimizer step of the first lesson
     windows: list[float] = field(default_factory=list)  # finished windows' mean reconstruction
-    window_sum: float = 0.0
-    window_steps: int = 0
+    window_steps: int = 0  # of the present one
     real: float = 0.0  # running mean of the logits of true clips
     fake: float = 0.0
     lessons: int = 0
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A lesson of which the device has yet to tell what came of it."""
+
+    result: StepResult
+    verdicts: HostCopy | None  # (2,) mean logits of true and of drawn clips, where LeCAM asks
 
 
 class Adversary:
@@ -61,7 +70,9 @@ class Adversary:
         with torch.device("meta"):  # lends its forward to weights that the engine holds
             self._listener = Discriminator(settings.network)
         self.figures = Figures(started=settings.start)
-        self._means = WeightedMean()  # of the present step
+        self._window = WeightedMean()  # reconstruction in the present one
+        self._logits: list[Tensor] = []  # (2,) sums of this step's micro-batches
+        self._taught: Taught | None = None  # until it is settled
 
     def learns(self, step: int) -> bool:
         """Whether the discriminator is taught at this optimizer step."""
@@ -119,8 +130,8 @@ class Adversary:
             slope = (real - shaken[0]).square().mean(1) if shakes else self._slope(video)
             parts["r1"], total = slope, total + settings.r1 * slope
         sums = {name: (weights * value).sum().detach() for name, value in parts.items()}
-        for name in ("logits_real", "logits_fake") if settings.lecam > 0 else ():
-            self._means.count(name, sums[name])
+        if settings.lecam > 0:
+            self._logits.append(torch.stack((sums["logits_real"], sums["logits_fake"])))
         return LossSum((weights * total).sum(), sums)
 
     def _slope(self, video: Tensor) -> Tensor:
@@ -133,43 +144,54 @@ class Adversary:
     def watch(self, reconstruction: Tensor) -> None:
         """Count a micro-batch's weighted reconstruction loss, by which a plateau is found."""
         if self.figures.started is None:
-            self._means.count("reconstruction", reconstruction.detach())
+            self._window.count("reconstruction", reconstruction.detach())
 
-    def finish_step(self, step: int, weight: float) -> dict[str, float]:
-        """Teach the lesson of this optimizer step and bring the figures up to date.
+    def finish_step(self, step: int, weight: float) -> None:
+        """Teach the lesson of this optimizer step; without one, see whether there is a plateau.
 
-        `weight` is the denominator of the step. Returns what belongs in the log.
+        `weight` is the denominator of the step.
         """
-        row = {}
         if self.learns(step):
+            verdicts = self._verdicts(weight) if self._logits else None
             result = self.engine.clip_and_step(self.settings.lr, self.optim.max_grad_norm)
-            row["critic_grad_norm"] = result.grad_norm
-            self.figures.lessons += not result.skipped
-        seeks = self.figures.started is None
-        if seeks or (self.settings.lecam > 0 and self.learns(step)):  # else nothing waits for it
-            self._means.add_weight(weight)
-            means = self._means.read(self.engine.ranks)
-            if seeks:
-                self._look_for_plateau(step, means["reconstruction"])
-            else:
-                self._keep_verdicts(means["logits_real"], means["logits_fake"])
-        return row
+            self._taught = Taught(result, verdicts)
+        elif self.figures.started is None:
+            self._look_for_plateau(step, weight)
 
-    def _keep_verdicts(self, real: float, fake: float) -> None:
+    def row(self) -> dict[str, float]:
+        """What belongs in the log of the step just finished; waits for the device."""
+        return {} if self._taught is None else {"critic_grad_norm": self._taught.result.grad_norm}
+
+    def settle(self) -> None:
+        """Bring the figures up to date with the last lesson, of which the device has told by now;
+        once."""
+        taught, self._taught = self._taught, None
+        if taught is None or taught.result.skipped:
+            return
         figures = self.figures
-        keep = VERDICT_DECAY if figures.lessons > 1 else 0.0  # the first verdict is the mean itself
-        if abs(real) + abs(fake) < float("inf"):  # a lesson that was skipped says nothing
+        figures.lessons += 1
+        if taught.verdicts is not None:
+            real, fake = taught.verdicts.read().tolist()
+            # the first verdict is the mean itself
+            keep = VERDICT_DECAY if figures.lessons > 1 else 0.0
             figures.real = keep * figures.real + (1 - keep) * real
             figures.fake = keep * figures.fake + (1 - keep) * fake
 
-    def _look_for_plateau(self, step: int, reconstruction: float) -> None:
+    def _verdicts(self, weight: float) -> HostCopy:
+        total = torch.stack(self._logits).double().sum(0) / weight
+        self._logits = []
+        if self.engine.ranks.world_size > 1:
+            dist.all_reduce(total)
+        return HostCopy(total)
+
+    def _look_for_plateau(self, step: int, weight: float) -> None:
         figures, settings = self.figures, self.settings
-        figures.window_sum += reconstruction
+        self._window.add_weight(weight)
         figures.window_steps += 1
         if figures.window_steps < settings.plateau_window:
             return
-        figures.windows = [*figures.windows, figures.window_sum / figures.window_steps][-2:]
-        figures.window_sum, figures.window_steps = 0.0, 0
+        mean = self._window.read(self.engine.ranks)["reconstruction"]
+        figures.windows, figures.window_steps = [*figures.windows, mean][-2:], 0
         if len(figures.windows) == 2:
             before, now = figures.windows
             if now > (1 - settings.plateau_gain) * before:
@@ -177,11 +199,13 @@ class Adversary:
 
     def state(self) -> dict[str, Any]:
         """JSON of the figures; the weights are the engine's."""
-        return {**asdict(self.figures), "optimizer_steps": self.engine.optimizer_steps}
+        self.settle()
+        window = self._window.state(self.engine.ranks)
+        steps = self.engine.optimizer_steps
+        return {"figures": asdict(self.figures), "window": window, "optimizer_steps": steps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take the figures of `state`."""
-        known = dict(state)
-        known.pop("optimizer_steps")
-        self.figures = Figures(**known)
-        self._means = WeightedMean()
+        self.figures = Figures(**state["figures"])
+        self._window.load(state["window"], self.engine.ranks)
+        self._logits, self._taught = [], None

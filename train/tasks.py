@@ -98,8 +98,12 @@ class Opponent(Protocol):
 
     engine: Engine
 
-    def finish_step(self, step: int, weight: float) -> dict[str, float]:
-        """Take its optimizer step, if it learns at `step`; what belongs in the log."""
+    def finish_step(self, step: int, weight: float) -> None:
+        """Take its optimizer step, if it learns at `step`."""
+        ...
+
+    def row(self) -> dict[str, float]:
+        """What belongs in the log of the step just finished."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -339,12 +339,14 @@ def train(run: Training) -> bool:
         losses.add_weight(agreed.weight)
         lr, clip_at = lr_at(run.config.optim, step, config.steps), run.spikes.norms.limit
         result = engine.clip_and_step(lr, clip_at)
-        played = task.adversary.finish_step(step, agreed.weight) if task.adversary else {}
+        if task.adversary:
+            task.adversary.finish_step(step, agreed.weight)
         run.step = step + 1
         run.taken(batches, shares, agreed.weight, result)
         run.samples_seen += agreed.work.samples
         times.count(agreed.work)
         if run.step % config.log_every == 0 or run.step == config.steps:
+            played = task.adversary.row() if task.adversary else {}
             run.log_step({"lr": lr, "grad_norm": result.grad_norm, "clip_at": clip_at, **played})
         run.console.advance(run.step)
         run.watchdog.end()

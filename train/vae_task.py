@@ -80,6 +80,8 @@ class VAETask:
         weights = torch.tensor([float(math.prod(s.shape)) for s in samples])
         weights = to_device(weights, self.device)
         adversary, step = self.adversary, batch.step
+        if adversary is not None:
+            adversary.settle()  # the device has had this forward to do meanwhile
         heard = adversary is not None and adversary.is_heard(step)
         # The adaptive weight needs gradients at the pixels before there is a backward of the VAE.
         seen = pixels.detach().requires_grad_() if heard else pixels

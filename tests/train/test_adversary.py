@@ -15,7 +15,7 @@ from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
 from tests.train.forked import run_ranks
 from tests.train.tiny_runs import (
-    TINY_VAE,
+    TINY_GAN,
     losses,
     options,
     train_here,
@@ -23,17 +23,9 @@ from tests.train.tiny_runs import (
     tree,
 )
 
-GAN = (
-    *TINY_VAE,
-    *("loss.adversarial.weight=0.5", "discriminator.base_dim=8", "discriminator.num_layers=2"),
-    *("discriminator.start=2", "discriminator.head_start=2", "discriminator.lr=1e-3"),
-    *("discriminator.r1=1.0", "discriminator.lecam=0.1", "engine.precision=fp32"),
-    "optim.schedule=constant",  # a shorter run is then the beginning of a longer one
-)
-
 
 def config_of(shards: Path, *more: str) -> VAERun:
-    config = parse_config(tree(options(shards, shards / "run", *more, task=GAN)))
+    config = parse_config(tree(options(shards, shards / "run", *more, task=TINY_GAN)))
     assert isinstance(config, VAERun)
     return config
 
@@ -41,7 +33,7 @@ def config_of(shards: Path, *more: str) -> VAERun:
 @pytest.fixture(scope="module")
 def whole(shards: Path) -> Path:
     """An uninterrupted run on one rank."""
-    assert train_here(options(shards, shards / "whole", task=GAN)) == 0
+    assert train_here(options(shards, shards / "whole", task=TINY_GAN)) == 0
     return shards / "whole"
 
 
@@ -73,15 +65,28 @@ def test_parts_begin_when_they_should(whole: Path) -> None:
 
 def test_an_interrupted_game_goes_on_alike(shards: Path, whole: Path) -> None:
     folder = shards / "halves"
-    assert train_here(options(shards, folder, "train.steps=8", task=GAN)) == 0
-    assert train_here(options(shards, folder, "resume=force", task=GAN)) == 0
+    assert train_here(options(shards, folder, "train.steps=8", task=TINY_GAN)) == 0
+    assert train_here(options(shards, folder, "resume=force", task=TINY_GAN)) == 0
     for name in ("loss", "critic", "adversarial", "logits_real"):
         assert losses(folder, name) == losses(whole, name), name
 
 
+def test_it_starts_when_an_interrupted_run_finds_a_plateau(shards: Path) -> None:
+    """The run stops in the middle of the second window of three steps."""
+    plateau = "discriminator.start=null", "discriminator.plateau_window=3"
+    more = (*plateau, "discriminator.plateau_gain=0.9", "train.steps=9")
+    one, halves = shards / "plateau", shards / "plateau-halves"
+    assert train_here(options(shards, one, *more, task=TINY_GAN)) == 0
+    assert train_here(options(shards, halves, *more, "train.steps=5", task=TINY_GAN)) == 0
+    assert train_here(options(shards, halves, *more, "resume=force", task=TINY_GAN)) == 0
+    critic = losses(one, "critic")
+    assert min(critic) == 7 and losses(halves, "critic") == critic
+    assert losses(halves) == losses(one)
+
+
 def test_two_ranks_play_the_same_game(shards: Path, whole: Path) -> None:
     folder = shards / "two"
-    run_ranks(2, train_on_rank, options(shards, folder, task=GAN))
+    run_ranks(2, train_on_rank, options(shards, folder, task=TINY_GAN))
     for name in ("loss", "critic", "adversarial", "adaptive_weight"):
         one, two = losses(whole, name), losses(folder, name)
         assert two == pytest.approx(one, rel=1e-3, abs=1e-5), name
@@ -91,7 +96,7 @@ def test_two_ranks_play_the_same_game(shards: Path, whole: Path) -> None:
 def test_every_strategy_plays_the_same_game(shards: Path, whole: Path, strategy: str) -> None:
     folder = shards / strategy
     short = ("train.steps=6", "train.checkpoint_every=0", f"engine={strategy}")
-    run_ranks(2, train_on_rank, options(shards, folder, *short, task=GAN))
+    run_ranks(2, train_on_rank, options(shards, folder, *short, task=TINY_GAN))
     for name in ("loss", "critic", "adversarial"):
         one, other = losses(whole, name), losses(folder, name)
         assert other == pytest.approx({s: one[s] for s in one if s <= 6}, rel=1e-3, abs=1e-5), name

@@ -11,9 +11,10 @@ from longtake.models.transfer import HostCopy, to_device
 from longtake.train.dit_task import DiTTask
 from longtake.train.engine import Engine, EngineConfig, Ranks, single_process
 from longtake.train.trainer import Training
+from longtake.train.vae_task import VAETask
 from tests.train import tiny
 from tests.train.forked import import_before_fork, run_ranks
-from tests.train.tiny_runs import losses, options, train_on_rank, write_splits
+from tests.train.tiny_runs import TINY_GAN, losses, options, train_on_rank, write_splits
 
 SIZES = DiTConfig(
     *(4, 4), hidden_size=64, num_heads=2, depth=2, ffn_dim=64, text_dim=16, patch_size=(1, 2, 2)
@@ -35,6 +36,8 @@ def spied(ranks: Ranks, overrides: list[str]) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         spy(DiTTask, "loss", "loss")
+        spy(VAETask, "loss", "loss")
+        spy(Engine, "__call__", "forward")
         spy(Engine, "backward", "backward")
         spy(Engine, "clip_and_step", "step")
         spy(HostCopy, "read", "read")
@@ -59,8 +62,8 @@ def test_a_norm_is_read_while_the_next_step_is_under_way(tmp_path: Path, engine:
     more = (*more, "train.checkpoint_every=5", "data.micro_batches_per_step=2")
     (events,) = run_ranks(1, spied, options(tmp_path, tmp_path / "run", *more))
     steps = " ".join(events).split("step")
-    late = "loss read backward loss backward"
-    soon = "loss backward loss backward"
+    late = "loss forward read backward loss forward backward"
+    soon = "loss forward backward loss forward backward"
     assert [each.strip() for each in steps] == [
         *(soon, late, late),
         f"read {soon}",  # a row at 3
@@ -70,6 +73,20 @@ def test_a_norm_is_read_while_the_next_step_is_under_way(tmp_path: Path, engine:
     ]
     assert run_ranks(1, train_eagerly, options(tmp_path, tmp_path / "eager", *more)) == [0]
     assert losses(tmp_path / "eager") == losses(tmp_path / "run")
+
+
+@pytest.mark.dist
+def test_a_lesson_is_looked_at_while_the_next_step_is_under_way(tmp_path: Path) -> None:
+    """The discriminator's norm and its verdicts, after the VAE's next forward; the VAE's norm and,
+    for train.loss_jump, its losses after the discriminator's."""
+    import_before_fork()
+    write_splits(tmp_path, 24, 4)
+    more = "train.steps=6", "train.log_every=6", "train.val_every=0", "train.checkpoint_every=0"
+    more = (*more, "data.micro_batches_per_step=1")
+    run = options(tmp_path, tmp_path / "run", *more, task=TINY_GAN)
+    (events,) = run_ranks(1, spied, run)
+    *_, last, _ = " ".join(events).split("step step")
+    assert last.strip() == "loss forward read read forward read read backward backward"
 
 
 @pytest.mark.gpu

@@ -35,6 +35,13 @@ SHORT = (
     *("validation.num_samples=6", "validation.num_videos=3", "validation.noise_levels=[0.3,0.8]"),
     *("optim.warmup_steps=2", "train.device=cpu"),
 )
+TINY_GAN = (
+    *TINY_VAE,
+    *("loss.adversarial.weight=0.5", "discriminator.base_dim=8", "discriminator.num_layers=2"),
+    *("discriminator.start=2", "discriminator.head_start=2", "discriminator.lr=1e-3"),
+    *("discriminator.r1=1.0", "discriminator.lecam=0.1", "engine.precision=fp32"),
+    "optim.schedule=constant",  # a shorter run is then the beginning of a longer one
+)
 
 
 def write_clips(folder: Path, num_clips: int, split: str = "train") -> Path:
