@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pyarrow.parquet as pq
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -14,10 +15,11 @@ from longtake.train.report_curves import Series
 T = TypeVar("T")
 MAX_BYTES = 1_000_000
 ROWS, FRAMES, SHRINK = 3, 3, 2
+SAMPLE_FRAMES = 6
 
 
-def draw_curves(parts: Mapping[str, Series], path: Path) -> None:
-    """Validation PSNR over optimizer steps, a panel for each part of a training."""
+def draw_curves(parts: Mapping[str, Series], path: Path, what: str) -> None:
+    """Values over optimizer steps, a panel for each part of a training; `what` they are."""
     figure = Figure(figsize=(3.2 * len(parts), 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = np.atleast_1d(figure.subplots(1, len(parts), sharey=True))
@@ -26,8 +28,8 @@ def draw_curves(parts: Mapping[str, Series], path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("optimizer step", fontsize=8)
         axes.grid(alpha=0.3)
-    figure.supylabel("validation PSNR, dB", fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.supylabel(what, fontsize=8)
+    save(figure, path)
 
 
 def draw_reconstructions(samples: Path, path: Path) -> None:
@@ -47,6 +49,27 @@ def draw_reconstructions(samples: Path, path: Path) -> None:
     figure = Figure(figsize=(width / 100, height / 100), dpi=100)
     FigureCanvasAgg(figure)
     figure.figimage(picture)
+    save(figure, path)
+
+
+def draw_samples(evaluation: Path, path: Path) -> None:
+    """Clips that `longtake evaluate` kept in split val: prompt, frames drawn, frames of truth."""
+    table = pq.read_table(evaluation / "clips.parquet", columns=["prompt", "split", "files"])
+    kept = [row for row in table.to_pylist() if row["files"] and row["split"] == "val"]
+    figure = Figure(figsize=(9, 0.85 * len(kept)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(kept), 2, squeeze=False)
+    for row, pair in zip(kept, panels, strict=True):
+        for axes, (which, file) in zip(pair, sorted(dict(row["files"]).items()), strict=True):
+            frames = spread(list(read_footage_file(evaluation / file).frames), SAMPLE_FRAMES)
+            axes.imshow(np.concatenate(frames, axis=1), interpolation="nearest")
+            axes.set_title(row["prompt"] if which == "drawn" else which, fontsize=8)
+            axes.axis("off")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture; ValueError when it is large."""
     figure.savefig(path, dpi=100)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, at most {MAX_BYTES}")

@@ -179,7 +179,7 @@ def prove(corpus: str, out: Path, docs: Path, videos: Path | None, console: Cons
     (docs / f"vae_{corpus}.json").write_text(text + "\n", encoding="utf-8")
     parts = {phase.title: run_of(phase) for phase in phases if phase.argv[0] == "train"}
     curves = {title: read_series(run)["val/psnr_ema"] for title, run in parts.items()}
-    draw_curves(curves, docs / f"vae_{corpus}_curves.png")
+    draw_curves(curves, docs / f"vae_{corpus}_curves.png", "validation PSNR, dB")
     draw_reconstructions(out / corpus / "samples", docs / f"vae_{corpus}.png")
     print_closing(timings, met, console)
     return met

@@ -51,7 +51,8 @@ def test_the_hardest_scorer_decides_over_its_families(tmp_path: Path) -> None:
     met = world_gates(found)
     assert [gate.is_met for gate in met] == [False, False, False]
     assert met[-1].title.endswith("colour") and met[-1].value == 0.95
-    draw_curves({"clips": read_series(tmp_path / "run")["val/psnr_ema"]}, tmp_path / "curves.png")
+    curve = read_series(tmp_path / "run")["val/psnr_ema"]
+    draw_curves({"clips": curve}, tmp_path / "curves.png", "validation PSNR, dB")
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert not real_gates(found)[0].is_met  # a curve that stands still
 

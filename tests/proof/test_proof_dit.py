@@ -1,0 +1,54 @@
+"""The commands of the DiT's proof are ones that longtake knows; bars ask for whole intervals."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from longtake.launch.cli import parse
+from longtake.launch.compose import compose
+from longtake.train.tasks import Drawing
+from longtake.train.trainer import write_drawings
+from tests.proof.pictures import draw_samples
+from tests.proof.proof_dit import LEARNED, gates, phases
+from tests.proof.proof_vae import run_of
+
+
+def test_every_phase_is_a_command_that_runs_alone(tmp_path: Path) -> None:
+    stages = []
+    for phase in phases(tmp_path):
+        args = parse(list(phase.argv))
+        if args.command.name == "train":
+            config = compose(args.overrides)
+            assert Path(config.output_dir) == run_of(phase)
+            stages.append(config.stage)
+    assert stages == ["vae", "vae", "vae", "dit"]
+
+
+def test_an_interval_must_clear_the_blind_level() -> None:
+    def score(family: str, name: str, low: float, split: str) -> dict[str, Any]:
+        return {"family": family, "name": name, "low": low, "blind": 0.25, "split": split}
+
+    card = {"scores": [score(*key, 0.4, "val") for key in LEARNED]}
+    card["scores"] += [score(*key, 0.0, "combo") for key in LEARNED]
+    assert all(gate.is_met for gate in gates(card, 89.0))
+    card["scores"][0]["low"] = 0.3
+    assert [gate.is_met for gate in gates(card, 91.0)] == [False, False, True, True, True]
+
+
+def test_a_picture_of_prompts_and_what_was_drawn(tmp_path: Path) -> None:
+    frames = np.zeros((9, 16, 16, 3), np.uint8)
+    write_drawings(tmp_path, [Drawing(name, frames, 8.0, "") for name in ("drawn", "truth")])
+    kept = {"drawn": "drawn.mp4", "truth": "truth.mp4"}
+    rows = [("a", "val", kept), ("b", "val", {}), ("c", "ood", kept)]
+    columns = {
+        name: [row[i] for row in rows] for i, name in enumerate(("prompt", "split", "files"))
+    }
+    types = [("prompt", pa.string()), ("split", pa.string())]
+    schema = pa.schema([*types, ("files", pa.map_(pa.string(), pa.string()))])
+    columns["files"] = [list(files.items()) for files in columns["files"]]
+    pq.write_table(pa.table(columns, schema=schema), tmp_path / "clips.parquet")
+    draw_samples(tmp_path, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").stat().st_size > 0
