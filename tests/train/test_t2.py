@@ -9,6 +9,7 @@ import pytest
 
 from longtake.train.card import print_card
 from tests.train.learning import (
+    LONGER,
     card_of,
     mean_of,
     nano_command,
@@ -18,7 +19,7 @@ from tests.train.learning import (
 )
 
 FAMILIES = "move", "count", "leftright", "collide"
-STEPS, CLIPS, PROMPTS = 5000, 12_000, 256  # of 16 clips
+STEPS, CLIPS, PROMPTS = 4000, 12_000, 256  # of 32 clips
 BARS = {
     "causal": 0.8,
     "direction": 0.85,
@@ -34,12 +35,7 @@ BARS = {
 def test_nano_learns_four_families(tmp_path: Path) -> None:
     shards, run = tmp_path / "world", tmp_path / "run"
     write_shards(shards, FAMILIES, CLIPS, 400)
-    command = nano_command(
-        *(shards, run, f"train.steps={STEPS}", "train.val_every=1000"),
-        *("train.checkpoint_every=1000", "optim.warmup_steps=100", "ema.decay=0.998"),
-        "samples.guidance_scale=2.0",
-    )
-    train_to_the_end(command, run, 7000)
+    train_to_the_end(nano_command(shards, run, *LONGER, f"train.steps={STEPS}"), run, 7000)
     card = card_of(run, PROMPTS, num_pairs=PROMPTS)
     print_card(card)
     reached = {
