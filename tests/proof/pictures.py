@@ -53,9 +53,9 @@ def draw_reconstructions(samples: Path, path: Path) -> None:
 
 
 def draw_samples(evaluation: Path, path: Path) -> None:
-    """Clips that `longtake evaluate` kept in split val: prompt, frames drawn, frames of truth."""
-    table = pq.read_table(evaluation / "clips.parquet", columns=["prompt", "split", "files"])
-    kept = [row for row in table.to_pylist() if row["files"] and row["split"] == "val"]
+    """Clips that `longtake evaluate` kept of t2v: prompt, frames drawn, frames of the truth."""
+    table = pq.read_table(evaluation / "clips.parquet", columns=["prompt", "task", "files"])
+    kept = [row for row in table.to_pylist() if row["files"] and row["task"] == "t2v"]
     figure = Figure(figsize=(9, 0.85 * len(kept)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(kept), 2, squeeze=False)

@@ -12,7 +12,7 @@ from longtake.launch.compose import compose
 from longtake.train.tasks import Drawing
 from longtake.train.trainer import write_drawings
 from tests.proof.pictures import draw_samples
-from tests.proof.proof_dit import LEARNED, gates, phases
+from tests.proof.proof_dit import GIVEN, LEARNED, gates, phases
 from tests.proof.proof_vae import run_of
 
 
@@ -28,25 +28,25 @@ def test_every_phase_is_a_command_that_runs_alone(tmp_path: Path) -> None:
 
 
 def test_an_interval_must_clear_the_blind_level() -> None:
-    def score(family: str, name: str, low: float, split: str) -> dict[str, Any]:
-        return {"family": family, "name": name, "low": low, "blind": 0.25, "split": split}
+    def score(task: str, family: str, name: str) -> dict[str, Any]:
+        named = {"task": task, "family": family, "name": name}
+        return named | {"low": 0.4, "blind": 0.25, "score": 0.8}
 
-    card = {"scores": [score(*key, 0.4, "val") for key in LEARNED]}
-    card["scores"] += [score(*key, 0.0, "combo") for key in LEARNED]
-    assert all(gate.is_met for gate in gates(card, 89.0))
-    card["scores"][0]["low"] = 0.3
-    assert [gate.is_met for gate in gates(card, 91.0)] == [False, False, True, True, True]
+    scores = [score("t2v", *key) for key in LEARNED]
+    scores += [score(task, family, "continuation") for task in GIVEN for family in ("a", "b")]
+    assert all(gate.is_met for gate in gates({"scores": scores}, 89.0))
+    scores[0]["low"], scores[-1]["score"] = 0.3, 0.6
+    met = [gate.is_met for gate in gates({"scores": scores}, 91.0)]
+    assert met == [False, False, True, True, True, True, True, False]
 
 
 def test_a_picture_of_prompts_and_what_was_drawn(tmp_path: Path) -> None:
     frames = np.zeros((9, 16, 16, 3), np.uint8)
     write_drawings(tmp_path, [Drawing(name, frames, 8.0, "") for name in ("drawn", "truth")])
     kept = {"drawn": "drawn.mp4", "truth": "truth.mp4"}
-    rows = [("a", "val", kept), ("b", "val", {}), ("c", "ood", kept)]
-    columns = {
-        name: [row[i] for row in rows] for i, name in enumerate(("prompt", "split", "files"))
-    }
-    types = [("prompt", pa.string()), ("split", pa.string())]
+    rows = [("a", "t2v", kept), ("b", "t2v", {}), ("c", "join", kept)]
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(("prompt", "task", "files"))}
+    types = [("prompt", pa.string()), ("task", pa.string())]
     schema = pa.schema([*types, ("files", pa.map_(pa.string(), pa.string()))])
     columns["files"] = [list(files.items()) for files in columns["files"]]
     pq.write_table(pa.table(columns, schema=schema), tmp_path / "clips.parquet")
