@@ -161,14 +161,14 @@ def _family(group: tuple[str, str, str, str], scores: Sequence[Score]) -> Family
         floor=fmean(score.chance for score in scores),
         ceiling=_mean(score.ceiling for score in scores),
         truth=_mean(score.truth for score in scores),
-        normalised=_mean(s.normalised for s in scores if s.normalised is not None),
+        normalised=_mean(score.normalised for score in scores),
     )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """None unless all are known."""
-    known = list(values)
-    return fmean(v for v in known if v is not None) if known and None not in known else None
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def normalise(score: float, floor: float, ceiling: float) -> float | None:

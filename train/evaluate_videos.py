@@ -34,7 +34,7 @@ from longtake.data.world import (
 )
 from longtake.data.world.clips import check_request
 from longtake.data.world.describe import Reading
-from longtake.data.world.families import Canvas, Family
+from longtake.data.world.families import Canvas
 from longtake.data.world.given import score_given
 from longtake.train.card import Card, ClipScores, build_card, write_card, write_rows
 from longtake.train.evaluate import CARD, ROWS, EvaluationResult
@@ -42,7 +42,8 @@ from longtake.train.playback import Footage, read_footage
 from longtake.train.run_folder import check_replaceable, written_whole
 
 PROMPTS, LEFT_OUT = "prompts.jsonl", "left_out.jsonl"
-CEILING_CLIPS = 32  # per family and pixel format
+# True clips per family, shape and pixel format: so many pixels, but not fewer or more than these.
+CEILING_PIXELS, CEILING_CLIPS = 2**25, (4, 32)
 FPS_TOLERANCE = 0.01  # share of the rate
 SUBSAMPLED = {"420": "yuv420p", "nv12": "yuv420p", "p010": "yuv420p", "422": "yuv422p"}
 MAX_PIXELS = 2**28  # of all frames: 3 GB while they are searched
@@ -108,21 +109,29 @@ def evaluate_videos(
         raise ValueError(f"--videos {folder}: no such folder")
     folder = folder.resolve()
     extensions = {f".{e}" for e in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in extensions)
-    if not files:
+    captions = {".txt", ".json", ".jsonl"}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in captions)
+    if not any(path.suffix.lower() in extensions for path in found):
         raise ValueError(f"--videos {folder}: holds no video ({', '.join(sorted(extensions))})")
     out = (out or folder.with_name(f"{folder.name}-scores")).resolve()
     if folder.is_relative_to(out):
         raise ValueError(f"--out {out}: would replace the folder of the videos; name another one")
     check_replaceable(out, CARD)
-    listed = read_prompts(prompts or folder / PROMPTS, needed=prompts is not None)
+    listed, problems = read_prompts(prompts or folder / PROMPTS, needed=prompts is not None)
+    # Of other files only those with a caption were meant.
+    files = [
+        path
+        for path in found
+        if path.suffix.lower() in extensions or _is_captioned(path, folder, listed)
+    ]
     ceilings = Ceilings()
     rows: list[ClipScores] = []
-    problems: list[tuple[str, str, str]] = []
     taken: dict[str, Path] = {}  # key of a prompt -> the video that answers it
     for path in track(files, description="evaluate"):
         try:
             key = _key_of(path, folder, listed)
+            if path.suffix.lower() not in extensions:
+                raise LeftOut(f"a file of a kind that is not read: {path.suffix}", path.name)
             if key is not None and (other := taken.setdefault(key, path)) != path:
                 raise LeftOut("a second file for one prompt", f"{key}: {other.name} came first")
             asked = listed[key] if key is not None else _beside(path)
@@ -149,16 +158,18 @@ def _order(row: ClipScores) -> tuple[str, str, str, str]:
     return row.task, row.split, row.family, row.key
 
 
-def read_prompts(path: Path, *, needed: bool) -> dict[str, Asked]:
-    """Rows of a prompts.jsonl by file name or key; empty where the file is absent and not needed.
-
-    ValueError naming the line that is no such row.
+def read_prompts(
+    path: Path, *, needed: bool
+) -> tuple[dict[str, Asked], list[tuple[str, str, str]]]:
+    """Rows of a prompts.jsonl by file name or key, and lines that are no such row: name, reason and
+    what is wrong. Nothing where the file is absent and not needed.
     """
     if not path.is_file():
         if needed:
             raise ValueError(f"--prompts-file {path}: no such file")
-        return {}
+        return {}, []
     found: dict[str, Asked] = {}
+    problems: list[tuple[str, str, str]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
@@ -166,12 +177,14 @@ def read_prompts(path: Path, *, needed: bool) -> dict[str, Asked]:
             row = json.loads(line)
             key = str(row.get("file") or row["key"])
             asked = asked_of(Path(key).stem if "file" in row else key, row)
+            if key in found:
+                raise ValueError(f"{key} was already asked for in an earlier line")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: not a row with key and prompt ({error})") from error
-        if key in found:
-            raise ValueError(f"{path}:{number}: {key} was already asked for in an earlier line")
-        found[key] = asked
-    return found
+            line = f"{path.name}:{number}", "not a row with key and prompt", str(error)
+            problems.append(line)
+        else:
+            found[key] = asked
+    return found, problems
 
 
 def asked_of(name: str, row: Mapping[str, Any]) -> Asked:
@@ -193,6 +206,11 @@ def _key_of(path: Path, folder: Path, listed: Mapping[str, Asked]) -> str | None
     inside = path.relative_to(folder)
     names = (inside.as_posix(), inside.with_suffix("").as_posix(), path.name, path.stem)
     return next((name for name in names if name in listed), None)
+
+
+def _is_captioned(path: Path, folder: Path, listed: Mapping[str, Asked]) -> bool:
+    beside = (path.with_suffix(suffix).is_file() for suffix in (".json", ".txt"))
+    return _key_of(path, folder, listed) is not None or any(beside)
 
 
 def _beside(path: Path) -> Asked:
@@ -217,7 +235,7 @@ def _score_file(path: Path, asked: Asked, program: str, ceilings: Ceilings) -> C
         raise LeftOut("caption outside the world's grammar", str(error)) from error
     if not reading.expect:
         raise LeftOut("caption that asks for nothing", repr(asked.prompt))
-    footage, stored = _read(path, asked, FAMILIES[reading.family])
+    footage, stored = _read(path, asked, reading)
     frames = footage.frames
     length, height, width = frames.shape[:3]
     canvas = Canvas(length, height, width, footage.fps, asked.split)
@@ -240,13 +258,13 @@ def _score_file(path: Path, asked: Asked, program: str, ceilings: Ceilings) -> C
     )
 
 
-def _read(path: Path, asked: Asked, family: Family) -> tuple[Footage, str]:
+def _read(path: Path, asked: Asked, reading: Reading) -> tuple[Footage, str]:
     """Every frame of a file and its pixel format; LeftOut when it is damaged, or not what it was
     asked to be. Headers are checked first: a small file can hold a great many frames."""
     try:
         data = path.read_bytes()
         info = probe(data)
-        _check(asked, info, family)
+        _check(asked, info, reading)
         if info.frames > 1:
             steps = np.diff(frame_times(data)) * info.fps
             if abs(steps - 1).max() > JITTER:
@@ -258,7 +276,7 @@ def _read(path: Path, asked: Asked, family: Family) -> tuple[Footage, str]:
         raise LeftOut("file that cannot be decoded", str(error)) from error
 
 
-def _check(asked: Asked, info: VideoInfo, family: Family) -> None:
+def _check(asked: Asked, info: VideoInfo, reading: Reading) -> None:
     """LeftOut unless the video has the length, size and rate that its prompt says."""
     if asked.frames is not None and info.frames != asked.frames:
         raise LeftOut("length other than asked", f"{info.frames} frames, asked for {asked.frames}")
@@ -268,10 +286,11 @@ def _check(asked: Asked, info: VideoInfo, family: Family) -> None:
         raise LeftOut("size other than asked", detail)
     if info.frames > 1 and asked.fps and abs(info.fps / asked.fps - 1) > FPS_TOLERANCE:
         raise LeftOut("rate other than asked", f"{info.fps:g} fps, asked for {asked.fps:g}")
-    shape = f"{info.frames}x{info.height}x{info.width}"
-    if info.frames < family.min_frames or min(info.height, info.width) < family.min_side:
-        needed = f"{family.name} needs {family.min_frames} frames of {family.min_side} px"
-        raise LeftOut("shorter or smaller than its family needs", f"{shape}, {needed}")
+    shape, family = f"{info.frames}x{info.height}x{info.width}", FAMILIES[reading.family]
+    least = max(family.min_frames, family.forms[reading.form].min_frames)
+    if info.frames < least or min(info.height, info.width) < family.min_side:
+        needed = f"{asked.prompt!r} needs {least} frames of {family.min_side} px"
+        raise LeftOut("shorter or smaller than its caption needs", f"{shape}, {needed}")
     if info.frames * info.height * info.width > MAX_PIXELS:
         raise LeftOut("too large to be scored", f"{shape}, more than {MAX_PIXELS} pixels")
 
@@ -290,7 +309,7 @@ def _true_clip(asked: Asked, reading: Reading, canvas: Canvas) -> WorldClip:
     """The clip whose frames were given, made again from seed and key; LeftOut if they are not
     known."""
     index = asked.name.rpartition("-")[2]
-    if asked.seed is None or not index.isdigit() or asked.split not in SPLITS:
+    if asked.seed is None or not index.isdecimal() or asked.split not in SPLITS:
         raise LeftOut("given frames without seed, split and key of their true clip", asked.name)
     if max(asked.given) >= canvas.frames:
         raise LeftOut(
@@ -324,7 +343,7 @@ class Ceilings:
         self._known: dict[tuple[Any, ...], dict[str, float]] = {}
 
     def of(self, reading: Reading, canvas: Canvas, pixel_format: str) -> dict[str, float]:
-        """Mean scores over CEILING_CLIPS clips of the family; {} where the world has none such."""
+        """Mean scores over true clips of the family; {} where the world has none such."""
         if _refused(reading.family, canvas):
             return {}
         key = reading.family, canvas, pixel_format
@@ -336,7 +355,9 @@ class Ceilings:
         found: dict[str, list[float]] = {}
         shape = {"frames": canvas.frames, "height": canvas.height, "width": canvas.width}
         split = canvas.split if canvas.split in SPLITS else "val"
-        for index in range(CEILING_CLIPS):
+        least, most = CEILING_CLIPS
+        pixels = canvas.frames * canvas.height * canvas.width
+        for index in range(min(max(CEILING_PIXELS // pixels, least), most)):
             clip = make_clip(0, split, index, families=[family], fps=canvas.fps, **shape)
             frames = _through(clip, pixel_format)
             for name, value in score_frames(frames, clip.truth["expect"]).items():

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from math import inf
 from typing import Any, TypeVar
 
 import numpy as np
@@ -166,8 +167,8 @@ def check_request(families: Sequence[str], split: str, shapes: Shapes) -> None:
             )
     if min(shapes.frames) < 1:
         raise ValueError(f"frames={min(shapes.frames)} must be at least 1 (1 is an image)")
-    if not min(shapes.fps) > 0:
-        raise ValueError(f"fps={min(shapes.fps)} must be positive")
+    if not all(0 < fps < inf for fps in shapes.fps):
+        raise ValueError(f"fps={', '.join(map(str, shapes.fps))} must be positive")
     unfit = [name for name in families if not shapes.fits(name)]
     if unfit:
         needs = ", ".join(

@@ -93,8 +93,8 @@ class Sentence:
 
 
 def _plain(text: str) -> str:
-    """Case, repeated blanks and a final stop do not matter."""
-    return " ".join(text.split()).rstrip(".。").lower()
+    """Case, repeated blanks, quotes around it and how it ends do not matter."""
+    return " ".join(text.split()).strip(" \"'“”.。!！").lower()
 
 
 def sentence(

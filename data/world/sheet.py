@@ -40,6 +40,9 @@ def contact_sheet(
 
     Time goes from left to right. Raises ValueError as `check_request` does.
     """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--show {path}: the sheet is a .png")
     shapes = Shapes(((height, width),), (frames,), (fps,))
     check_request(families, split, shapes)
     at = np.linspace(0, frames - 1, min(COLUMNS, frames)).round().astype(int)
@@ -51,7 +54,6 @@ def contact_sheet(
         strips = [_strip(plan, at) for plan in _choose(plans, examples)]
         blocks.append(_Block(family, strips))
     sheet = _Sheet(blocks, [float(t) / fps for t in at])
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path

@@ -19,6 +19,7 @@ from longtake.train.ranks import Ranks, single_process
 from tests.train.forked import run_ranks
 from tests.train.tiny import OPTIM
 
+
 def blocks(width: int, depth: int) -> nn.Module:
     torch.manual_seed(0)
     layers = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]

@@ -311,6 +311,8 @@ def test_contact_sheet_is_a_picture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown"):
         contact_sheet(tmp_path / "other.png", families=["nothing"])
     assert not (tmp_path / "other.png").exists()
+    with pytest.raises(ValueError, match=r"sheet\.jpg: the sheet is a \.png"):
+        contact_sheet(tmp_path / "sheet.jpg", families=["move"])
 
 
 def test_events_are_part_of_the_record() -> None:

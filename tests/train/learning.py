@@ -14,7 +14,7 @@ TORCHRUN = "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", 
 NANO = Shapes(sizes=((16, 16),), frames=(8,))
 
 
-# A run that is to learn more than a colour: twice nano's batch, for Muon's part of a step has one price.
+# To learn more than a colour: twice nano's batch, for Muon's part of a step has one price.
 LONGER = (
     "data.buckets=[{frames: 8, height: 16, width: 16, batch_size: 16}]",
     *("optim.lr=1.5e-3", "optim.warmup_steps=100", "ema.decay=0.998"),

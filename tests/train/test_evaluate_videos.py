@@ -138,7 +138,7 @@ def test_bad_input_is_counted_and_named(tmp_path: Path) -> None:
         "empty.mp4": "file that cannot be decoded",
         "mute.mp4": "no caption: neither in prompts.jsonl nor beside it as .json or .txt",
         "torn.mp4": "no prompt in the .json or .txt beside it",
-        "tiny.png": "shorter or smaller than its family needs",
+        "tiny.png": "shorter or smaller than its caption needs",
     }
     assert result.card.left_out["file that cannot be decoded"] == 2
     assert sum(result.card.left_out.values()) == len(reasons)
@@ -155,8 +155,12 @@ def test_one_prompt_has_one_video(tmp_path: Path) -> None:
     result = evaluate_videos(tmp_path, tmp_path.with_name("o"))
     assert not result.card.left_out and result.card.mean == 1
     write_prompts(tmp_path, [prompt_row(one, key="x"), prompt_row(two, key="x")])
-    with pytest.raises(ValueError, match=r"prompts\.jsonl:2: x was already asked for"):
-        evaluate_videos(tmp_path)
+    result = evaluate_videos(tmp_path, tmp_path.with_name("o"))
+    twice = {"not a row with key and prompt": 1, "a second file for one prompt": 1}
+    assert result.card.left_out == twice
+    lines = (result.folder / "left_out.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["file"] == "prompts.jsonl:2"
+    assert "x was already asked for" in lines[0]
 
 
 def test_one_bad_file_never_ends_the_others(tmp_path: Path) -> None:
@@ -176,6 +180,14 @@ def test_one_bad_file_never_ends_the_others(tmp_path: Path) -> None:
     still = make_clip(0, "val", 0, families=["move"], frames=17)
     (tmp_path / "still.png").write_bytes(encode_image(still.frames[0]))
     (tmp_path / "still.txt").write_text("a green circle moves up behind a bar")
+    (tmp_path / "rest.png").write_bytes(encode_image(still.frames[0]))
+    (tmp_path / "rest.txt").write_text(still.captions["short"])  # of motion
+    (tmp_path / "old.gif").write_bytes(b"GIF89a")
+    (tmp_path / "old.txt").write_text(still.captions["short"])
+    (tmp_path / "notes.md").write_text("no video, and no caption beside it")
+    row = {"prompt": good.captions["short"], "given": [0], "seed": 0, "split": "val"}
+    (tmp_path / "number-²-².mp4").write_bytes(whole)
+    (tmp_path / "number-²-².json").write_text(json.dumps(row))
     frames = [*good.frames, *good.frames]
     (tmp_path / "uneven.mp4").write_bytes(uneven_video(frames))
     (tmp_path / "uneven.txt").write_text(good.captions["short"])
@@ -186,7 +198,10 @@ def test_one_bad_file_never_ends_the_others(tmp_path: Path) -> None:
         "rate.mp4": "no prompt in the .json or .txt beside it",
         "list.mp4": "no prompt in the .json or .txt beside it",
         "given.mp4": "given frames without seed, split and key of their true clip",
-        "still.png": "shorter or smaller than its family needs",
+        "still.png": "shorter or smaller than its caption needs",
+        "rest.png": "shorter or smaller than its caption needs",
+        "old.gif": "a file of a kind that is not read: .gif",
+        "number-²-².mp4": "given frames without seed, split and key of their true clip",
         "uneven.mp4": "variable frame rate",
     }
     assert {score.num_clips for score in result.card.scores} == {1}
@@ -207,6 +222,10 @@ def test_shapes_the_world_cannot_draw_are_scored_without_a_ceiling(tmp_path: Pat
     reason = "given frames of a clip that the world cannot draw"
     assert result.card.left_out == {reason: 1}
     assert {score.score for score in result.card.scores} == {1.0}
+    write_video(tmp_path / "square.mp4", clip)
+    (tmp_path / "square.txt").write_text(clip.captions["short"])
+    result = evaluate_videos(tmp_path, tmp_path.with_name("o"))
+    assert {score.ceiling for score in result.card.scores} == {1.0}  # of the one that has it
 
 
 def uneven_video(frames: list[np.ndarray]) -> bytes:
@@ -236,7 +255,7 @@ def test_what_can_not_be_scored_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no video could be scored \(1 x file that cannot"):
         evaluate_videos(tmp_path)
     assert [path.name for path in tmp_path.parent.glob("*-scores")] == []
-    with pytest.raises(ValueError, match=r"prompts.jsonl:1: not a row with key and prompt"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: 'key'"):
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}\n')
         evaluate_videos(tmp_path)
     with pytest.raises(ValueError, match="no such file"):

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 SHAPES = ("circle", "square")  # partly hidden they are like neither, unlike a triangle's tip
 DEPTHS = {"behind": ("behind", "后面"), "front": ("in front of", "前面")}
 NEAREST = (1.1, 1.2)  # distance of the centres in radii: a third of the one behind is hidden
+ROOM = 4.2  # radii that the first needs to be clear of the second before and after
+QUICKEST = 1.2  # radii in a frame, so that the two are seen to overlap
 GAP = 0.3  # px to the frame's edge
 CUT = 0.12  # how much less than the one in front the one behind is like a whole shape
 PAIR = (
@@ -140,7 +142,7 @@ def draw(rng: np.random.Generator, canvas: Canvas) -> tuple[str, dict[str, str]]
     colour2, shape2 = draw_look(rng, canvas, verb, taken=[colour], shapes=SHAPES)
     words = {"colour": colour, "shape": shape, "colour2": colour2, "shape2": shape2}
     words["depth"] = tuple(DEPTHS)[verb % 2]
-    if canvas.frames > 1 and verb < 2:
+    if verb < 2 and canvas.frames >= FORMS["pass"].min_frames:
         return "pass", {**words, "direction": pick(rng, tuple(DIRECTIONS))}
     return "image" if canvas.frames == 1 else "rest", {**words, "size": pick(rng, tuple(SIZES))}
 
@@ -183,11 +185,13 @@ def _passing(
     ux, uy = DIRECTIONS[words["direction"]]
     length, breadth = (canvas.width, canvas.height) if ux else (canvas.height, canvas.width)
     low = radius + GAP
-    middle = length / 2 + rng.uniform(-1, 1) * max(length / 2 - low - 2.1 * radius, 0.0)
+    middle = length / 2 + rng.uniform(-1, 1) * max(length / 2 - low - ROOM / 2 * radius, 0.0)
     aside = rng.uniform(*NEAREST) * radius * (1 if rng.random() < 0.5 else -1)
     across = low + max(-aside, 0.0) + rng.random() * (breadth - 2 * low - abs(aside))
-    speed = (length - 2 * low) / (canvas.frames - 1)
-    start = low if ux + uy > 0 else length - low
+    steps = canvas.frames - 1
+    way = min(length - 2 * low, max(QUICKEST * steps, ROOM) * radius)
+    start = min(max(middle - way / 2, low), length - low - way) + (way if ux + uy < 0 else 0.0)
+    speed = way / steps
     if ux:
         return Segment(0.0, start, across, ux * speed), Segment(0.0, middle, across + aside)
     return Segment(0.0, across, start, 0.0, uy * speed), Segment(0.0, across + aside, middle)
@@ -203,6 +207,7 @@ SHORT = "a {colour} {shape} {depth} a {colour2} {shape2}"
 ZH = "一个{size}的{colour}{shape}在一个{size}的{colour2}{shape2}的{depth}，两者部分重叠"
 FORMS = {
     "image": Form(
+        min_frames=1,
         dense=f"On a plain grey background {NOUNS}.",
         short=SHORT,
         vague="two things that overlap",
@@ -223,6 +228,7 @@ FORMS = {
         choices={"shape": SHAPES, "shape2": SHAPES},
     ),
     "pass": Form(
+        min_frames=3,
         dense="A small {colour} {shape} moves {direction} and passes {depth} a still small "
         f"{{colour2}} {{shape2}}; they overlap on the way. Plain grey background. {STATIC_CAMERA}",
         short="a {colour} {shape} moves {direction} {depth} a {colour2} {shape2}",

@@ -237,7 +237,7 @@ def _form(
     )
     vague = "something" if number == "1" else "some things"
     if is_image:
-        return Form(dense, short, vague, zh, asks, flips, **rest)
+        return Form(dense, short, vague, zh, asks, flips, min_frames=1, **rest)
     return Form(
         dense=f"{dense} {STATIC_CAMERA}",
         short=short,

@@ -59,6 +59,8 @@ RELATIONS = {"left": ("left of", "左边"), "right": ("right of", "右边")}
 PANS = {word: CAMERA[word] for word in ("pan left", "pan right", "tilt up", "tilt down")}
 SHARES, OOD_SHARES = (0.25, 0.4), (0.5, 0.6)  # of a way, in the shorter side
 PAN, OOD_PAN = (0.3, 0.42), (0.2, 0.25)  # of the frame's size along it
+MAX_PAN = 0.15  # of the shorter side in a frame: what turns must be seen to rest on its way
+LEAN = 0.7  # how far a pair is out of line at most, as a share of its distance
 GAP = 0.25  # px between things and the borders of their places
 ROWS = ("top", "bottom")
 
@@ -235,7 +237,15 @@ def build(rng: np.random.Generator, canvas: Canvas, form: str, words: Words) -> 
         _thing(rng, canvas, words, 1 + i, (left, low, width / 2, height))
         for i, left in enumerate(halves)
     ]
-    return canvas.scene(rng, mover, *pair)
+    return canvas.scene(rng, mover, pair[0], _beside(*pair))
+
+
+def _beside(one: Entity, two: Entity) -> Entity:
+    """The second thing, no further out of line with the first than LEAN of their distance."""
+    (here,), (there,) = one.motion, two.motion
+    most = LEAN * abs(there.x - here.x)
+    y = here.y + min(max(there.y - here.y, -most), most)
+    return replace(two, motion=(replace(there, y=y),))
 
 
 def _thing(
@@ -266,7 +276,9 @@ def _panned(rng: np.random.Generator, canvas: Canvas, words: Words, turn: float)
     size = np.array([canvas.width, canvas.height])
     low, free = np.array([side, up]), size - np.array([2 * side, up + down])
     share = rng.uniform(*(OOD_PAN if canvas.split == "ood" else PAN))
-    shift = np.minimum(share * size, 0.9 * free) * DIRECTIONS[words["camera"].split()[-1]]
+    way = np.minimum(share * size, 0.9 * free)
+    way = np.minimum(way, MAX_PAN * canvas.short_side * (canvas.frames - 1))
+    shift = way * DIRECTIONS[words["camera"].split()[-1]]
     at = low + rng.random(2) * (free - abs(shift)) + np.maximum(shift, 0)
     thing = Entity(
         0,

@@ -67,6 +67,7 @@ FORMS = {
     "across": _moving("through", "{row}", "{row}", ("left", "right")),
     "upright": _moving("along", "{column}", "{column}", ("up", "down")),
     "image": Form(
+        min_frames=1,
         dense="A {size} {colour} {shape} at the {place} of a plain grey background.",
         short="a {colour} {shape}",
         vague="a thing",

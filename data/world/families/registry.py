@@ -100,7 +100,8 @@ class Form:
 
     `flips` are the slots, said in `dense` and `short`, whose change makes another possible clip
     of the same form: `wrong` captions and minimal pairs change one of them. `choices` limits the
-    values they may take (the whole vocabulary otherwise).
+    values they may take (the whole vocabulary otherwise). `min_frames` show what is said; 1: an
+    image does.
     """
 
     dense: str
@@ -111,6 +112,7 @@ class Form:
     flips: tuple[str, ...]
     words: Mapping[str, Vocabulary] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    min_frames: int = 2
     fixed: Mapping[str, str] = field(init=False)
     """Slots whose vocabulary is one word: they are there to be asked about, not to be drawn."""
 

@@ -191,6 +191,7 @@ def _forms(relations: tuple[str, str], motions: tuple[str, str]) -> dict[str, Fo
     zh = "一个{size}的{colour}{shape}在一个{size2}的{colour2}{shape2}的{relation}"
     return {
         "image": Form(
+            min_frames=1,
             dense=f"{said} on a plain grey background.",
             short=short,
             vague="two things",
