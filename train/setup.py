@@ -73,6 +73,7 @@ FRESH: dict[str, Any] = {
     "losses": {"ranks": [], "weight": 0.0},
     "spikes": {"losses": [], "norms": [0, 0.0, 0.0, 0.0], "skips": 0, "rewinds": 0},
     "useful_seconds": 0.0,
+    "rounds": {},
 }
 
 
@@ -251,7 +252,7 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
         times=times,
         console=console,
         signals=StopSignal(),
-        world=_world(config, task, folder, ranks),
+        world=_world(config, task, folder, ranks, state["rounds"]),
         losses=losses,
         step=state["step"],
         samples_seen=state["samples_seen"],
@@ -282,12 +283,12 @@ def _find_last(config: VAERun | DiTRun, writer: BackgroundWriter, ranks: Ranks) 
 
 
 def _world(
-    config: VAERun | DiTRun, task: Task, folder: Path, ranks: Ranks
+    config: VAERun | DiTRun, task: Task, folder: Path, ranks: Ranks, rounds: dict[str, int]
 ) -> WorldEvaluation | None:
     if not isinstance(task, DiTTask) or not isinstance(config, DiTRun):
         return None
     place = RunPlace(folder, folder, 0)
-    return WorldEvaluation(config, task, place, ranks) if config.evaluation.every else None
+    return WorldEvaluation(config, task, place, ranks, rounds) if config.evaluation.every else None
 
 
 def _claim(folder: Path, ranks: Ranks) -> FolderLock | None:

@@ -236,6 +236,7 @@ class Training:
             "adversary": self.task.adversary.state() if self.task.adversary else None,
             "plan": self.plan.fingerprint,
             "useful_seconds": self.times.useful,
+            "rounds": self.world.rounds if self.world else {},
         }
         adversary, config = self.task.adversary, to_tree(self.config)
         self.writer.start(self.step, self.engine, self.ema, adversary, state, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from time import monotonic
@@ -41,18 +41,25 @@ class WorldEvaluation:
     """The evaluation of `longtake evaluate` on as many prompts as `evaluation.seconds` allow.
 
     Prompts come in rounds of one for every family in every split, always in the same order. The
-    first evaluation finds out how many rounds the budget holds, at least one; later ones ask the
-    same, so that the numbers of a run can be compared.
+    first evaluation finds out how many `rounds` the budget holds, at least one; later ones ask the
+    same, also after a resume, so that the numbers of a run can be compared.
     """
 
-    def __init__(self, config: DiTRun, task: DiTTask, place: RunPlace, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: DiTRun,
+        task: DiTTask,
+        place: RunPlace,
+        ranks: Ranks,
+        rounds: Mapping[str, int],
+    ) -> None:
         """ValueError for families or splits that the run's buckets cannot hold."""
         self.config, self.task, self.place, self.ranks = config, task, place, ranks
         self.wanted = prompts_of(config)
         for name in config.trained_tasks:
             for_task(self.wanted, name)
         self._scorer = Scorer(self.wanted.kind, self.wanted.seed)
-        self._rounds: dict[str, int] = {}  # by task, once they are known
+        self.rounds = dict(rounds)  # by task, once they are known
 
     def run(self) -> Card:
         """Draw with the weights now in the module; all ranks together, each its share."""
@@ -73,10 +80,10 @@ class WorldEvaluation:
             rows += self._score_round(painter, task, list(islice(everything, wanted.round)))
             now = monotonic()
             spent = max(self.ranks.gather((now - started) + (now - begun)))  # with another round
-            known = self._rounds.get(task)
+            known = self.rounds.get(task)
             if number == known or (known is None and spent > seconds):
                 break
-        self._rounds.setdefault(task, number)
+        self.rounds.setdefault(task, number)
         return rows
 
     def _score_round(
