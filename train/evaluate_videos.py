@@ -36,6 +36,7 @@ from longtake.data.world.clips import check_request
 from longtake.data.world.describe import Reading
 from longtake.data.world.families import Canvas
 from longtake.data.world.given import score_given
+from longtake.data.world.language import plain
 from longtake.train.card import Card, ClipScores, build_card, write_card, write_rows
 from longtake.train.evaluate import CARD, ROWS, EvaluationResult
 from longtake.train.playback import Footage, read_footage
@@ -327,7 +328,7 @@ def _true_clip(asked: Asked, reading: Reading, canvas: Canvas) -> WorldClip:
         width=canvas.width,
         fps=asked.fps or canvas.fps,
     )
-    if asked.prompt not in clip.captions.values():
+    if plain(asked.prompt) not in map(plain, clip.captions.values()):
         raise LeftOut("given frames of another clip than seed and key say", asked.name)
     return clip
 

@@ -86,13 +86,13 @@ class Sentence:
 
     def read(self, text: str) -> dict[str, str] | None:
         """Values of the slots in a caption; None when it is another sentence."""
-        found = self.pattern.fullmatch(_plain(text))
+        found = self.pattern.fullmatch(plain(text))
         if found is None:
             return None
         return {slot: self.values[slot][said] for slot, said in found.groupdict().items()}
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Case, repeated blanks, quotes around it and how it ends do not matter."""
     return " ".join(text.split()).strip(" \"'“”.。!！").lower()
 
@@ -114,15 +114,15 @@ def sentence(
         for slot in slots_of(template)
     }
     pattern, end, known = "", 0, set()
-    plain = _plain(template)
-    for match in _SLOT.finditer(plain):
+    text = plain(template)
+    for match in _SLOT.finditer(text):
         slot = match[1]
-        pattern += re.escape(plain[end : match.start()])
+        pattern += re.escape(text[end : match.start()])
         choices = "|".join(map(re.escape, sorted(values[slot], key=len, reverse=True)))
         pattern += f"(?P={slot})" if slot in known else f"(?P<{slot}>{choices})"
         known.add(slot)
         end = match.end()
-    return Sentence(re.compile(pattern + re.escape(plain[end:])), values)
+    return Sentence(re.compile(pattern + re.escape(text[end:])), values)
 
 
 def within(word: str, low: float, high: float, share: float) -> float:

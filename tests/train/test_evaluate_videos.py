@@ -87,7 +87,13 @@ def test_given_frames_are_compared_with_the_clip_made_again(tmp_path: Path) -> N
         other = clip.frames if clip.family == "move" else np.roll(clip.frames, 9, axis=2)
         path = tmp_path / f"{clip.family}-{clip.key}.mp4"
         path.write_bytes(encode_video(other, clip.fps))
-    write_prompts(tmp_path, [prompt_row(clip, task="i2v", given=[0]) for clip in made])
+    write_prompts(
+        tmp_path,
+        [
+            prompt_row(clip, prompt=clip.captions["short"].upper(), task="i2v", given=[0])
+            for clip in made
+        ],
+    )
     result = evaluate_videos(tmp_path, tmp_path.with_name("o"))
     kept = {s.family: s.score for s in result.card.scores if s.name == "given_kept"}
     assert kept == {"move": 1.0, "leftright": 0.0}
