@@ -244,20 +244,32 @@ def score(
     first = score_frames(videos[0], expect)
     scores = first | score_given(videos[0], clip.frames, given) | drift
     if item.twin is not None:
-        other = item.twin.reading(kind).expect
-        flipped = {name for name in expect if expect[name] != other.get(name)}
-        scores[PAIR_FLIP] = pair_flip(first, score_frames(videos[1], other), flipped)
+        one, other = clip.reading(kind), item.twin.reading(kind)
+        (slot,) = (slot for slot, word in one.words.items() if other.words[slot] != word)
+        scores[PAIR_FLIP] = pair_flip(
+            first, score_frames(videos[1], other.expect), one.slots(), slot
+        )
     return scores
 
 
 def pair_flip(
-    first: Mapping[str, float], second: Mapping[str, float], flipped: Collection[str]
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    asks: Mapping[str, Collection[str]],
+    slot: str,
 ) -> float:
-    """1 when the scores that a changed word asks otherwise, `flipped`, are right in both videos of
-    a pair, and the others are as they were: right or wrong, they must agree.
+    """1 when what the changed word asks is right in both videos of a pair, and what other words ask
+    is as it was: right or wrong, it must agree.
+
+    `asks` are the slots that each score asks about, `slot` is that of the changed word: the scores
+    that ask about it and least else measure it. A score that asks about no word, such as that
+    things keep their looks, has a row of its own and says nothing of a flip.
     """
-    is_right = all(first[name] == second.get(name) == 1.0 for name in flipped)
-    return float(is_right and all(first[name] == second[name] for name in first.keys() - flipped))
+    narrowest = min(len(asks[name]) for name in first if slot in asks[name])
+    measures = {n for n in first if slot in asks[n] and len(asks[n]) == narrowest}
+    others = {name for name in first.keys() - measures if asks[name]}
+    is_right = all(first[name] == second.get(name) == 1.0 for name in measures)
+    return float(is_right and all(first[name] == second.get(name) for name in others))
 
 
 def levels(

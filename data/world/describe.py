@@ -30,6 +30,11 @@ class Reading:
         """The scores that it asks for, with their parameters."""
         return FAMILIES[self.family].forms[self.form].expect(self.words)
 
+    def slots(self) -> dict[str, tuple[str, ...]]:
+        """What each of those scores asks about."""
+        asked = FAMILIES[self.family].forms[self.form].asked(self.words)
+        return {score: ask.slots for score, (ask, _) in asked.items()}
+
     def levels(self, canvas: Canvas) -> dict[str, tuple[float, float]]:
         """Chance and blind level of those scores for clips of this kind."""
         asked = FAMILIES[self.family].forms[self.form].asked(self.words)

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from longtake.data.world import make_clip
+from longtake.data.world import FAMILIES as WORLD
+from longtake.data.world import make_clip, make_pair
 from longtake.data.world.given import continuation, given_kept, position_error, score_given
 from longtake.models.conditioning import GIVES_NOTHING, TASKS
 from longtake.train.card import read_rows
@@ -18,7 +19,7 @@ from longtake.train.evaluate import EvaluateOptions, evaluate_run, resolve
 from longtake.train.playback import read_footage_file
 from longtake.train.ranks import Ranks
 from longtake.train.runs import find_run, read_run_config
-from longtake.train.world_prompts import PromptSet, batches, prompts, score
+from longtake.train.world_prompts import Prompt, PromptSet, batches, pair_flip, prompts, score
 
 from .conftest import Road
 from .forked import run_ranks
@@ -28,6 +29,35 @@ OPTIONS = EvaluateOptions(
     splits=("val",), num_prompts=3, num_pairs=0, num_shown=1, batch_size=4, weights=("ema",)
 )
 WANTED = PromptSet(FAMILIES, ("val", "ood"), 3, (5, 16, 16), 8.0, num_pairs=2, drift=3)
+
+
+def test_a_pair_flips_in_what_the_word_asks() -> None:
+    """Colour by `colour`, not by what it says of the looks or of where the colours are."""
+    asks = {
+        "colour": ("colour", "colour2"),
+        "relation": ("colour", "colour2", "relation"),
+        "looks": ("colour", "shape", "colour2", "shape2"),
+        "consistency": (),
+    }
+    right, rough = dict.fromkeys(asks, 1.0), dict.fromkeys(asks, 0.0) | {"colour": 1.0}
+    for slot, found in (("colour", 1.0), ("relation", 0.0), ("shape2", 0.0)):
+        assert pair_flip(rough, rough, asks, slot) == found  # wrong in both is as it was
+    assert pair_flip(right, right, asks, "shape2") == 1.0
+    assert pair_flip(right, right | {"consistency": 0.0}, asks, "colour") == 1.0
+    for name in ("colour", "relation", "looks"):
+        assert pair_flip(right, right | {name: 0.0}, asks, "colour") == 0.0
+
+
+@pytest.mark.parametrize("family", WORLD)
+def test_true_pairs_flip_and_one_clip_twice_does_not(family: str) -> None:
+    side, frames = max(32, WORLD[family].min_side), max(9, WORLD[family].min_frames)
+    shape = {"frames": frames, "height": side, "width": side}
+    for kind, index in product(("short", "dense", "zh"), range(3)):
+        clip, twin = make_pair(3, "val", index, families=[family], **shape)
+        same = replace(twin, frames=clip.frames)
+        for other, found in ((twin, 1.0), (same, 0.0)):
+            scores = score(Prompt(clip, twin), [clip.frames, other.frames], kind, [])
+            assert scores["pair_flip"] == found, clip.captions[kind]
 
 
 def test_prompts_are_a_fixed_list_that_ranks_share() -> None:

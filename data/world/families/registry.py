@@ -5,6 +5,7 @@ clip and what they ask for (`Form`), which words a clip gets (`draw`), the scene
 and chance determine (`build`), scorers of its own, and the faults that must score nothing.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,11 @@ class Ask:
     values: Mapping[str, Any]
     chance: float | Callable[[Canvas], float]
     blind: float | Callable[[Canvas], float] | None = None
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What it asks about."""
+        return slots_of(json.dumps(self.values))
 
     def levels(self, canvas: Canvas) -> tuple[float, float]:
         """Chance and blind level for clips of this kind."""
