@@ -10,8 +10,9 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 import longtake.conf
-from longtake.models.cost import forward_flops
+from longtake.models.cost import forward_flops, vae_forward_flops
 from longtake.models.dit import DiT, DiTConfig
+from tests.models.small_vaes import CONFIGS, make_vae
 
 # Parameters; those of public models are the sizes of their published weights.
 PRESETS = {
@@ -59,3 +60,24 @@ def test_presets_have_the_weights_and_cost_the_flops_they_say(
 def test_every_preset_is_checked() -> None:
     folder = Path(longtake.conf.__file__).parent / "model"
     assert {path.stem for path in folder.glob("*.yaml")} == PRESETS.keys()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_vae_costs_what_is_counted_while_it_runs(name: str, length: int) -> None:
+    vae = make_vae(CONFIGS[name])
+    st, sh, sw = vae.strides
+    shape = 1 + st * (length - 1), 3 * sh, 4 * sw
+    with FlopCounterMode(display=False) as counter:
+        video = torch.randn(2, vae.config.in_channels, *shape)
+        pixels, _ = vae(video, torch.zeros(2, vae.config.z_dim, length, 3, 4))
+        forward = counter.get_total_flops()
+        pixels.sum().backward()
+    assert forward == 2 * vae_forward_flops(vae.config, *shape) > 0
+    if length > 1:  # a frame alone sends no gradient to what weighs the frames before
+        assert counter.get_total_flops() == pytest.approx(3 * forward, rel=0.2)
+
+
+def test_a_vae_refuses_to_count_what_it_cannot_take() -> None:
+    with pytest.raises(ValueError, match="frames"):
+        vae_forward_flops(CONFIGS["4x4x4"], 2, 16, 16)
