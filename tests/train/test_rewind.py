@@ -25,7 +25,7 @@ SETTINGS = (
 # Everything a run remembers besides tensors: what is not here is lost by a resume.
 STATE = {
     *("step", "samples_seen", "data_hash", "losses", "exclusions", "spikes", "adversary", "plan"),
-    "useful_seconds",
+    *("useful_seconds", "rounds"),
 }
 
 
