@@ -157,7 +157,7 @@ class Training:
             samples=len(samples),
             frames=sum(sample.shape[0] for sample in samples),
             tokens=sum(map(self.task.tokens, batches)),
-            flops=sum(map(self.task.flops, batches)),
+            flops=sum(map(self.task.flops, batches)) if self.times.peak_flops else 0.0,
         )
 
     def exclude(self, found: list[list[dict[str, Any]]]) -> list[Exclusion]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from longtake.launch.demo import RANKS, Gate, Phase, paths, print_closing
 from longtake.train.report_curves import read_series
 from tests.proof.pictures import draw_curves, draw_samples
-from tests.proof.proof_vae import run_counted, train
+from tests.proof.proof_vae import run_counted, train, write_found
 
 FAMILIES = "move", "count", "leftright"
 SHAPE = "--size", "32x32", "--frames", "17"
@@ -107,14 +107,8 @@ def prove(out: Path, docs: Path, console: Console) -> list[Gate]:
         "vae_psnr": round(read_series(out / "dit_vae_whole")["val/psnr_ema"].values[-1], 2),
         "loss": dict(zip(series["val/loss_ema"].steps, series["val/loss_ema"].values, strict=True)),
         "scores": card["scores"],
-        "bars": [
-            {"bar": gate.title, "wanted": gate.bar, "reached": gate.value, "met": gate.is_met}
-            for gate in met
-        ],
     }
-    docs.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    (docs / "dit_world.json").write_text(text + "\n", encoding="utf-8")
+    write_found(found, met, docs / "dit_world.json")
     draw_curves({"DiT": series["val/loss_ema"]}, docs / "dit_world_curves.png", "validation loss")
     draw_samples(out / "dit_scores", docs / "dit_world.png")
     print_closing(timings, met, console)

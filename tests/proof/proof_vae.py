@@ -170,19 +170,24 @@ def prove(corpus: str, out: Path, docs: Path, videos: Path | None, console: Cons
     if corpus == "real":
         found["clips"] = "generated stand-in" if videos is None else "real"
     met = (world_gates if corpus == "world" else real_gates)(found)
-    found["bars"] = [
-        {"bar": gate.title, "wanted": gate.bar, "reached": gate.value, "met": gate.is_met}
-        for gate in met
-    ]
-    docs.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    (docs / f"vae_{corpus}.json").write_text(text + "\n", encoding="utf-8")
+    write_found(found, met, docs / f"vae_{corpus}.json")
     parts = {phase.title: run_of(phase) for phase in phases if phase.argv[0] == "train"}
     curves = {title: read_series(run)["val/psnr_ema"] for title, run in parts.items()}
     draw_curves(curves, docs / f"vae_{corpus}_curves.png", "validation PSNR, dB")
     draw_reconstructions(out / corpus / "samples", docs / f"vae_{corpus}.png")
     print_closing(timings, met, console)
     return met
+
+
+def write_found(found: dict[str, Any], met: list[Gate], path: Path) -> None:
+    """What a proof found and the bars it was held to, as JSON."""
+    bars = [
+        {"bar": gate.title, "wanted": gate.bar, "reached": gate.value, "met": gate.is_met}
+        for gate in met
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**found, "bars": bars}, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> int:
