@@ -27,7 +27,7 @@ from longtake.train.caption_rows import CaptionRows
 from longtake.train.codec import Codec
 from longtake.train.dit_drawing import draw_samples
 from longtake.train.engine import Engine
-from longtake.train.given import Conditions, Drawn, masks_of
+from longtake.train.given import Conditions, Drawn, at_step, masks_of
 from longtake.train.painter import Painter
 from longtake.train.runs import LoadedDiT, RunPlace
 from longtake.train.schema import DiTRun
@@ -98,7 +98,7 @@ class DiTTask:
         )
 
     def loss(self, engine: Engine, batch: Batch) -> LossSum:
-        t = self._draw_levels(batch.samples)
+        t = self._draw_levels(batch.samples, batch.step)
         drawn = [self.conditions.draw(sample, batch.step) for sample in batch.samples]
         noised = self._noise(batch, t, drawn)
         text, are_cut = self.captions.training(batch.clips)
@@ -239,12 +239,13 @@ class DiTTask:
         noisy = torch.where(given[:, None], shown, add_noise(clean, noise, t))
         return Noised(clean, noise, noisy, t, given, levels, index, known, segments)
 
-    def _draw_levels(self, samples: Sequence[PlannedSample]) -> Tensor:
+    def _draw_levels(self, samples: Sequence[PlannedSample], step: int) -> Tensor:
         flat = torch.tensor([uniform(s.seed, "timestep") for s in samples])
         share = torch.tensor([uniform(s.seed, "timestep.normal") for s in samples])
         normal = torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6))
         tokens = torch.tensor([self.conditions.num_tokens(s) for s in samples])
-        return sample_timesteps(flat, normal, self.config.timesteps, tokens)
+        shift = at_step(self.config.shift_stages, step)
+        return sample_timesteps(flat, normal, replace(self.config.timesteps, shift=shift), tokens)
 
     def _num_all_tokens(self, batch: Batch) -> list[int]:
         return [self.conditions.num_all_tokens(sample, batch.step) for sample in batch.samples]

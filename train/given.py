@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from longtake.models.conditioning import (
 from longtake.models.flow import add_noise
 from longtake.models.tokens import Segment
 from longtake.train.codec import Codec
-from longtake.train.schema import CurriculumPoint, DiTRun
+from longtake.train.schema import DiTRun
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Conditions:
         """What the sample is given at a step. Tasks that it is too short for leave their weight to
         the others; every run of frames may be dropped by itself."""
         shape, draw = self.latent_shape(sample), partial(uniform, sample.seed)
-        weights = task_weights(self.config.tasks, self.config.curriculum, step)
+        weights = task_weights(self.config.task_stages, step)
         fitting = {task: w for task, w in weights.items() if not self.unfit(task, shape[0])}
         task, settings = draw_task(draw("task"), fitting), self.config.given
         frames = self.codec.given(task, shape[0], self.patch[0], draw)
@@ -122,21 +123,19 @@ def masks_of(drawn: Sequence[Drawn], shape: tuple[int, int, int]) -> Tensor:
 
 
 def task_weights(
-    start: dict[str, float], curriculum: Sequence[CurriculumPoint], step: int
+    stages: Sequence[tuple[int, Mapping[str, float]]], step: int
 ) -> dict[str, float]:
-    """Weights of the tasks at a step: `start`, then those of each point of the curriculum, on a
-    straight line between two of them."""
-    before, weights = 0, start
-    for point in curriculum:
-        if step < point.step:
-            share = (step - before) / (point.step - before)
-            names = dict.fromkeys((*weights, *point.tasks))
-            return {
-                name: (1 - share) * weights.get(name, 0.0) + share * point.tasks.get(name, 0.0)
-                for name in names
-            }
-        before, weights = point.step, point.tasks
-    return weights
+    """Weights of the tasks at a step, on a straight line between two stages."""
+    names = dict.fromkeys(name for _, weights in stages for name in weights)
+    return {
+        name: at_step([(start, weights.get(name, 0.0)) for start, weights in stages], step)
+        for name in names
+    }
+
+
+def at_step(stages: Sequence[tuple[int, float]], step: int) -> float:
+    """A value at a step: on a straight line between two stages, then the last one's."""
+    return float(np.interp(step, *zip(*stages, strict=True)))
 
 
 def stored_name(task: str, run: range, stride: int) -> str:
@@ -178,8 +177,7 @@ def check_lengths(config: DiTRun, codec: Codec) -> None:
                 f"tasks.{task} fits no bucket: {reason} ({name}); set tasks.{task}=0 or use other "
                 "clips"
             )
-    stages = [(0, config.tasks), *((point.step, point.tasks) for point in config.curriculum)]
-    for step, weights in stages:
+    for step, weights in config.task_stages:
         names = [name for name, weight in weights.items() if weight > 0]
         for bucket, length in lengths.items():
             if all(unfit(task, length, patch) for task in names):

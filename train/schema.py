@@ -130,10 +130,12 @@ class DiTLossConfig:
 
 @dataclass(frozen=True)
 class CurriculumPoint:
-    """Weights of the tasks from a step on; before it they go there on a straight line."""
+    """Weights of the tasks, and the shift of training noise levels, from a step on; before it they
+    go there on a straight line. What is null goes on to the next point that names it."""
 
     step: int
-    tasks: dict[str, float]
+    tasks: dict[str, float] | None = None
+    shift: float | None = None  # of the noise levels, in place of timesteps.shift
 
 
 @dataclass(frozen=True)
@@ -312,8 +314,20 @@ class DiTRun(RunConfig):
     @property
     def trained_tasks(self) -> list[str]:
         """Tasks that have a weight at some step, t2v first."""
-        stages = [self.tasks, *(point.tasks for point in self.curriculum)]
+        stages = [tasks for _, tasks in self.task_stages]
         return [name for name in TASKS if any(stage.get(name, 0.0) > 0 for stage in stages)]
+
+    @property
+    def task_stages(self) -> list[tuple[int, dict[str, float]]]:
+        """Steps with the weights of the tasks that are reached there."""
+        later = [(point.step, point.tasks) for point in self.curriculum if point.tasks is not None]
+        return [(0, self.tasks), *later]
+
+    @property
+    def shift_stages(self) -> list[tuple[int, float]]:
+        """Steps with the shift of noise levels that is reached there."""
+        later = [(point.step, point.shift) for point in self.curriculum if point.shift is not None]
+        return [(0, self.timesteps.shift), *later]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -328,7 +342,12 @@ class DiTRun(RunConfig):
             f"curriculum has steps {steps[1:]}: they must be positive and ascend",
         )
         for number, point in enumerate(self.curriculum):
-            check_tasks(point.tasks, f"curriculum.{number}.tasks")
+            name, values = f"curriculum.{number}", (point.tasks, point.shift)
+            require(values != (None, None), f"{name} changes nothing: give it tasks or shift")
+            if point.tasks is not None:
+                check_tasks(point.tasks, f"{name}.tasks")
+            if point.shift is not None:
+                require(point.shift > 0, f"{name}.shift={point.shift} must be positive")
         rate = self.caption_dropout
         require(0 <= rate < 1, f"caption_dropout={rate} must lie in [0, 1)")
         if self.lora is not None:

@@ -19,7 +19,9 @@ LONGER = (
     "data.buckets=[{frames: 8, height: 16, width: 16, batch_size: 16}]",
     *("optim.lr=1.5e-3", "optim.warmup_steps=100", "ema.decay=0.998"),
     *("samples.guidance_scale=2.0", "train.val_every=1000", "train.checkpoint_every=1000"),
+    "timesteps.shift=20",  # which word belongs to which is learned where nearly all is noise,
 )
+SHAPES = "curriculum=[{step: 1000, shift: 20}, {step: 2500, shift: 8}]"  # and shape in less
 
 
 def write_shards(out: Path, families: Sequence[str], num_clips: int, num_val: int) -> None:

@@ -14,10 +14,10 @@ from longtake.models.text import TextConfig, Tokenizer
 from longtake.train.caption_rows import join_words
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import parse_config
-from longtake.train.given import Conditions, task_weights
+from longtake.train.given import Conditions, at_step, task_weights
 from longtake.train.given_files import read_given
 from longtake.train.runs import load_dit
-from longtake.train.schema import CurriculumPoint, DiTRun
+from longtake.train.schema import DiTRun
 
 from .conftest import Road
 from .tiny_runs import options, tree
@@ -41,10 +41,16 @@ def bucket(*frames: int) -> str:
 
 
 def test_the_curriculum_is_a_straight_line_between_its_points() -> None:
-    points = [CurriculumPoint(10, {"t2v": 1.0}), CurriculumPoint(20, {"t2v": 0.5, "join": 0.5})]
-    at = [task_weights({"t2v": 2.0}, points, step) for step in (0, 5, 10, 15, 20, 99)]
+    config = config_of(
+        *("tasks={t2v: 2.0, i2v: 0}", "timesteps.shift=20"),
+        "curriculum=[{step: 10, tasks: {t2v: 1}}, {step: 12, shift: 20}, "
+        "{step: 20, tasks: {t2v: 0.5, join: 0.5}, shift: 8}]",
+    )
+    at = [task_weights(config.task_stages, step) for step in (0, 5, 10, 15, 20, 99)]
     assert [w["t2v"] for w in at] == [2.0, 1.5, 1.0, 0.75, 0.5, 0.5]
-    assert [w.get("join", 0.0) for w in at] == [0, 0, 0, 0.25, 0.5, 0.5]
+    assert [w["join"] for w in at] == [0, 0, 0, 0.25, 0.5, 0.5]
+    shifts = [at_step(config.shift_stages, step) for step in (0, 12, 14, 20, 99)]
+    assert shifts == [20, 20, 17, 8, 8]
 
 
 def test_draws_depend_on_sample_and_step_alone() -> None:
@@ -87,6 +93,8 @@ def test_a_clip_that_is_too_short_draws_among_the_other_tasks() -> None:
         (("tasks.i2v=1", "model.patch_size=[2,4,4]"), r"model.patch_size\[0\]=2 must be 1"),
         (("curriculum=[{step: 0, tasks: {t2v: 1}}]",), r"curriculum has steps \[0\]"),
         (("curriculum=[{step: 5, tasks: {v: 1}}]",), r"curriculum.0.tasks.v: unknown task"),
+        (("curriculum=[{step: 5}]",), r"curriculum.0 changes nothing"),
+        (("curriculum=[{step: 5, shift: 0}]",), r"curriculum.0.shift=0.0 must be positive"),
         (("given.noise=1",), "given.noise=1"),
         (("numbers.dropout=1",), "numbers.dropout=1"),
         (("timesteps.mode_scale=2",), "timesteps.mode_scale=2"),

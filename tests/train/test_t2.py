@@ -10,6 +10,7 @@ import pytest
 from longtake.train.card import print_card
 from tests.train.learning import (
     LONGER,
+    SHAPES,
     card_of,
     mean_of,
     nano_command,
@@ -35,7 +36,8 @@ BARS = {
 def test_nano_learns_four_families(tmp_path: Path) -> None:
     shards, run = tmp_path / "world", tmp_path / "run"
     write_shards(shards, FAMILIES, CLIPS, 400)
-    train_to_the_end(nano_command(shards, run, *LONGER, f"train.steps={STEPS}"), run, 7000)
+    command = nano_command(shards, run, *LONGER, SHAPES, f"train.steps={STEPS}")
+    train_to_the_end(command, run, 7000)
     card = card_of(run, PROMPTS, num_pairs=PROMPTS)
     print_card(card)
     reached = {
