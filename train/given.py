@@ -122,9 +122,7 @@ def masks_of(drawn: Sequence[Drawn], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([given_mask(one.frames, shape) for one in drawn])
 
 
-def task_weights(
-    stages: Sequence[tuple[int, Mapping[str, float]]], step: int
-) -> dict[str, float]:
+def task_weights(stages: Sequence[tuple[int, Mapping[str, float]]], step: int) -> dict[str, float]:
     """Weights of the tasks at a step, on a straight line between two stages."""
     names = dict.fromkeys(name for _, weights in stages for name in weights)
     return {
