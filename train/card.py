@@ -19,11 +19,11 @@ from rich.table import Table
 
 from longtake.train.run_folder import write_json
 
-SCHEMA = 2
+SCHEMA = 3
 # Below this distance between ceiling and chance a normalised score would be noise divided by noise.
 MIN_ROOM = 0.1
 GATES = ("val", "combo", "videos")  # splits whose families make `card.mean`
-PAIR_FLIP, GIVEN_KEPT = "pair_flip", "given_kept"
+PAIR_FLIP, GIVEN_KEPT, CONTINUATION = "pair_flip", "given_kept", "continuation"
 DRIFT = "drift@"  # and the length in trained lengths: drift@2x
 
 
@@ -46,6 +46,7 @@ class ClipScores:
     chance: dict[str, float]
     blind: dict[str, float]
     files: dict[str, str] = field(default_factory=dict)  # what it shows -> path in the folder
+    position_error: float | None = None  # px from the true continuation, where frames tell it
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Score:
     ceiling: float | None
     truth: float | None
     normalised: float | None  # (score − chance) / (ceiling − chance); None without room between
+    position_error: float | None = None  # of `continuation`: mean distance from the truth in px
 
     @property
     def is_of_prompt(self) -> bool:
@@ -151,6 +153,7 @@ def _score(group: tuple[str, str, str, str], name: str, clips: Sequence[ClipScor
         ceiling=ceiling,
         truth=_mean(clip.truth.get(name) for clip in clips),
         normalised=normalise(drawn, chance, 1.0 if ceiling is None else ceiling),
+        position_error=_mean(c.position_error for c in clips) if name == CONTINUATION else None,
     )
 
 
@@ -231,6 +234,7 @@ ROWS = pa.schema(
         *((name, pa.string()) for name in ("weights", "task", "split", "family", "key", "prompt")),
         *((name, SCORES) for name in ("drawn", "ceiling", "truth", "chance", "blind")),
         ("files", pa.map_(pa.string(), pa.string())),
+        ("position_error", pa.float64()),
     ]
 )
 
@@ -271,6 +275,9 @@ def print_card(card: Card, console: Console | None = None) -> None:
     for group, scores in groups.items():
         title = " · ".join((str(card.about.get("run", "")), *group))
         console.print(_table(escape(title), scores))
+        if off := [s for s in scores if s.position_error is not None]:
+            errors = ", ".join(f"{s.family} {s.position_error:.2f}" for s in off)
+            console.print(f"px from the true continuation: {errors}", soft_wrap=True)
     mean = "–" if card.mean is None else f"{card.mean:.3f}"
     counted = [row for row in card.families if row.split in GATES and row.normalised is None]
     if counted:

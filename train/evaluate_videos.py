@@ -35,9 +35,9 @@ from longtake.data.world import (
 from longtake.data.world.clips import check_request
 from longtake.data.world.describe import Reading
 from longtake.data.world.families import Canvas
-from longtake.data.world.given import score_given
+from longtake.data.world.given import position_error, score_given
 from longtake.data.world.language import plain
-from longtake.train.card import Card, ClipScores, build_card, write_card, write_rows
+from longtake.train.card import CONTINUATION, Card, ClipScores, build_card, write_card, write_rows
 from longtake.train.evaluate import CARD, ROWS, EvaluationResult
 from longtake.train.playback import Footage, read_footage
 from longtake.train.run_folder import check_replaceable, written_whole
@@ -240,9 +240,11 @@ def _score_file(path: Path, asked: Asked, program: str, ceilings: Ceilings) -> C
     frames = footage.frames
     length, height, width = frames.shape[:3]
     canvas = Canvas(length, height, width, footage.fps, asked.split)
-    drawn = score_frames(frames, reading.expect)
+    drawn, off = score_frames(frames, reading.expect), None
     if asked.given:
-        drawn |= score_given(frames, _true_clip(asked, reading, canvas).frames, asked.given)
+        truth = _true_clip(asked, reading, canvas).frames
+        drawn |= score_given(frames, truth, asked.given)
+        off = position_error(frames, truth, asked.given) if CONTINUATION in drawn else None
     levels = reading.levels(canvas)
     return ClipScores(
         weights=program,
@@ -256,6 +258,7 @@ def _score_file(path: Path, asked: Asked, program: str, ceilings: Ceilings) -> C
         truth={},
         chance={score: levels.get(score, (0.0, 0.0))[0] for score in drawn},
         blind={score: levels.get(score, (0.0, 0.0))[1] for score in drawn},
+        position_error=off,
     )
 
 

@@ -18,10 +18,16 @@ from longtake.data.config import BucketConfig
 from longtake.data.randomness import derive_seed
 from longtake.data.world import FAMILIES, Shapes, WorldClip, make_clip, make_pair, score_frames
 from longtake.data.world.clips import check_request
-from longtake.data.world.given import appearance, appearance_at_end, held_frames, score_given
+from longtake.data.world.given import (
+    appearance,
+    appearance_at_end,
+    held_frames,
+    position_error,
+    score_given,
+)
 from longtake.data.world.language import ASKING
 from longtake.models.conditioning import TASKS, GivenFrames
-from longtake.train.card import DRIFT, PAIR_FLIP, ClipScores
+from longtake.train.card import CONTINUATION, DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
 from longtake.train.painter import GivenClips, Painter, noise_for
 from longtake.train.playback import to_frames, to_pixels
@@ -357,5 +363,8 @@ class Scorer:
             truth=self._references[key].truth,
             chance={name: known[name][0] for name in drawn},
             blind={name: known[name][1] for name in drawn},
+            position_error=position_error(videos[0], clip.frames, given)
+            if CONTINUATION in drawn
+            else None,
         )
         return Scored(item, videos[0], row)

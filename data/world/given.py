@@ -38,12 +38,12 @@ def held_frames(given: Sequence[int], count: int) -> list[int]:
 def position_error(drawn: np.ndarray, truth: np.ndarray, given: Sequence[int]) -> float:
     """Mean distance in px of the worst entity from its true place, over the frames drawn.
 
-    Entities are told apart by colour; a frame without one counts the shorter side. Infinite when
-    others are there than in the truth.
+    Entities are told apart by colour; a frame without one counts the shorter side, and so does a
+    clip in which others are than in the truth.
     """
     seen, true = Detection(drawn), Detection(truth)
     if set(seen.tracks) != set(true.tracks) or not true.tracks:
-        return float("inf")
+        return float(seen.side)
     is_drawn = np.ones(len(truth), bool)
     is_drawn[list(given)] = False
     worst = 0.0

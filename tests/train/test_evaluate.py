@@ -104,8 +104,10 @@ def test_what_is_given_must_be_kept_and_go_on_as_in_truth() -> None:
         assert given_kept(elsewhere, true, given) == 1.0
         assert continuation(elsewhere, true, given) == 0.0
         assert position_error(elsewhere, true, given) > 5
+        assert position_error(true, true, given) == 0.0
         empty = np.concatenate([true[:5], np.full_like(true[5:], 150)])
         assert continuation(empty, true, given) == 0.0
+        assert position_error(empty, true, given) == min(true.shape[1:3])
     assert score_given(clips[0].frames, clips[0].frames, []) == {}
 
 
@@ -171,6 +173,8 @@ def test_every_task_is_drawn_from_its_frames_and_scored(road: Road, tmp_path: Pa
     for task in TASKS.keys() - GIVES_NOTHING:
         assert by_name[task, "move", "given_kept"].score == 1.0
         assert ((task, "move", "continuation") in by_name) == (task != "i2v")
+    errors = {s.position_error for s in card.scores if s.name == "continuation"}
+    assert all(error is not None and 0 < error <= 16 for error in errors)
     assert "direction" not in {s.name for s in card.scores if s.task == "t2i"}
 
 

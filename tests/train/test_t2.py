@@ -20,7 +20,7 @@ from tests.train.learning import (
 )
 
 FAMILIES = "move", "count", "leftright", "collide"
-STEPS, CLIPS, PROMPTS = 5500, 12_000, 256  # of 32 clips
+STEPS, CLIPS, PROMPTS = 6000, 12_000, 256  # of 32 clips
 BARS = {
     "causal": 0.8,
     "direction": 0.85,

@@ -21,11 +21,11 @@ from tests.train.tiny_runs import losses
 
 FAMILIES = "move", "leftright"
 CLIPS, PROMPTS = 12_000, 256
-MIX_STEPS, CAPTION_STEPS = 4000, 2500  # of 32 clips
+MIX_STEPS, CAPTION_STEPS = 3500, 1000  # of 32 clips
 # Tasks that give frames tax the learning of text: it comes first.
 CURRICULUM = (
-    "curriculum=[{step: 1500, tasks: {t2v: 1.0}}, {step: 2500, tasks: {t2v: 0.5, "
-    "extend_forward: 0.17, extend_backward: 0.17, join: 0.16}}]"
+    "curriculum=[{step: 1000, tasks: {t2v: 1.0}, shift: 20}, {step: 2000, shift: 8, tasks: "
+    "{t2v: 0.5, extend_forward: 0.17, extend_backward: 0.17, join: 0.16}}]"
 )
 TASKS = "t2v", "extend_forward", "extend_backward", "join"
 
