@@ -12,7 +12,7 @@ DARK = 85  # of 255, in the brightest channel: no ground, but an occluder, a wal
 GAIN = (0.8, 1.25)  # of contrast between two frames in other light
 LIGHT = 0.12  # by which the mean may differ: flicker is no other place
 OTHER = 0.3  # of the texture's variance that light does not explain: another place
-MOVED = 0.05  # of it by which groups of frames may differ
+MOVED = 0.03  # of it by which groups of frames may differ
 NOISE = 8**2 / 3  # variance of a grey pixel, levels²: what noise of σ = 8 in each channel adds
 SURE = 4.0  # standard deviations that chance must not reach
 MIN_BLOCKS = 4
