@@ -21,8 +21,9 @@ from longtake.train.lora import add_adapters, split_adapters
 from longtake.train.runs import find_run, load_dit, read_tensors
 from longtake.train.schema import LoraConfig
 from longtake.train.text_to_video import TextToVideo
+from tests.train.forked import import_before_fork, run_ranks
 from tests.train.small_runs import DIT_SIZES, shake, write_dit_run
-from tests.train.tiny_runs import options, train_here, write_splits
+from tests.train.tiny_runs import options, train_here, train_on_rank, write_splits
 
 TARGETS = '["dit.blocks.*","dit.time_*","dit.head"]'
 LORA = "init_from=elsewhere", f"lora={{rank:3,alpha:5,targets:{TARGETS}}}"
@@ -71,14 +72,22 @@ def load_plain(config: Any, tensors: dict[str, Tensor]) -> DiT:
     return dit
 
 
-def test_only_adapters_learn_and_the_run_resumes(tmp_path: Path) -> None:
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("engine", "world_size"), [("ddp", 1), ("fsdp2", 2), ("deepspeed_zero3", 2)]
+)
+def test_only_adapters_learn_and_the_run_resumes(
+    tmp_path: Path, engine: str, world_size: int
+) -> None:
+    import_before_fork()
     write_splits(tmp_path, 16, 4)
     first, second = tmp_path / "first", tmp_path / "second"
     assert train_here(options(tmp_path, first, "train.steps=3")) == 0  # until gates are open
     targets = '["dit.blocks.*","dit.head"]'
-    lora = f"init_from={first}", f"lora={{rank:2,alpha:2,targets:{targets}}}"
-    assert train_here(options(tmp_path, second, *lora, "train.steps=2")) == 0
-    assert train_here(options(tmp_path, second, *lora, "train.steps=4", "resume=force")) == 0
+    lora = f"init_from={first}", f"lora={{rank:2,alpha:2,targets:{targets}}}", f"engine={engine}"
+    for more in (("train.steps=2",), ("train.steps=4", "resume=force")):
+        words = options(tmp_path, second, *lora, *more)
+        assert run_ranks(world_size, train_on_rank, words) == [0] * world_size
     start = checkpoint.load_full(first / "checkpoints" / "step-00000003", "ema")
     found = checkpoint.load_full(second / "checkpoints" / "step-00000004", "param")
     for name, tensor in found.items():
