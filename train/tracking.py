@@ -10,7 +10,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -48,7 +48,7 @@ class Tracker:
         }
         self._file.write(json.dumps({"step": step, "attempt": self.attempt, **clean}) + "\n")
         self._file.flush()
-        self._send({**row, "step": step})
+        self._send(lambda wandb: {**row, "step": step})
 
     def log_ranks(self, step: int, times: Mapping[str, list[float]]) -> None:
         """One row of ranks.jsonl: what each rank spent its time on, seconds per step."""
@@ -58,24 +58,26 @@ class Tracker:
 
     def log_videos(self, step: int, videos: Mapping[str, Path]) -> None:
         """Show mp4 or png files under their names; they stay where they are in the run folder."""
-        if self._run is None or self._wandb is None:
-            return
-        wandb = self._wandb
-        media = {
-            name: wandb.Image(str(path))
-            if path.suffix == ".png"
-            else wandb.Video(str(path), format="mp4")
-            for name, path in videos.items()
-        }
-        self._send({**media, "step": step})
+
+        def media(wandb: Any) -> dict[str, Any]:
+            shown = {
+                name: wandb.Image(str(path))
+                if path.suffix == ".png"
+                else wandb.Video(str(path), format="mp4")
+                for name, path in videos.items()
+            }
+            return {**shown, "step": step}
+
+        self._send(media)
 
     def log_table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     ) -> None:
         """Show a table under a name."""
-        if self._run is not None and self._wandb is not None:
-            table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-            self._send({name: table, "step": step})
+        data = [list(row) for row in rows]
+        self._send(
+            lambda wandb: {name: wandb.Table(columns=list(columns), data=data), "step": step}
+        )
 
     def finish(self, exit_code: int) -> None:
         """Flush and close; W&B shows the run as failed for a non-zero code."""
@@ -90,11 +92,12 @@ class Tracker:
             except Exception as error:
                 warnings.warn(f"W&B could not finish the run: {error}", stacklevel=2)
 
-    def _send(self, row: Mapping[str, Any]) -> None:
+    def _send(self, make: Callable[[Any], dict[str, Any]]) -> None:
+        """Log what `make(wandb)` returns, while W&B works."""
         if self._run is None:
             return
         try:
-            self._run.log(dict(row))
+            self._run.log(make(self._wandb))
         except Exception as error:
             warnings.warn(f"W&B is off from here, metrics.jsonl goes on: {error}", stacklevel=2)
             self._run = None
@@ -108,6 +111,7 @@ def _start_wandb(
         return None
     try:
         import wandb
+        from wandb.sdk.lib.import_hooks import unregister_all_post_import_hooks
 
         options: dict[str, Any] = {
             "project": config.project,
@@ -129,6 +133,8 @@ def _start_wandb(
             run = wandb.init(mode="offline", **options)
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
+        # They tell W&B what is imported, and fail any later import once its process is gone.
+        unregister_all_post_import_hooks()
     except Exception as error:
         warnings.warn(f"W&B is off: {error}", stacklevel=2)
         return None
@@ -152,10 +158,9 @@ def send_evaluation(
         columns, rows = table
         shown = wandb.Table(columns=list(columns), data=[list(values) for values in rows])
         run.log({**row, "evaluation": shown})
+        run.finish()
     except Exception as error:
         warnings.warn(f"W&B could not take the evaluation: {error}", stacklevel=2)
-    finally:
-        run.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
