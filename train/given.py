@@ -47,6 +47,8 @@ class Conditions:
         self.config, self.codec = config, codec
         self.patch = config.model.patch_size
         tasks = config.trained_tasks
+        # Of all samples of a step alike, and asked for several times of each.
+        self.weights_at = lru_cache(maxsize=2)(partial(task_weights, config.task_stages))
         self.has_segments = codec.vae is not None and not all(TASKS[t].is_prefix for t in tasks)
         check_lengths(config, codec)
 
@@ -54,8 +56,8 @@ class Conditions:
         """What the sample is given at a step. Tasks that it is too short for leave their weight to
         the others; every run of frames may be dropped by itself."""
         shape, draw = self.latent_shape(sample), partial(uniform, sample.seed)
-        weights = task_weights(self.config.task_stages, step)
-        fitting = {task: w for task, w in weights.items() if not self.unfit(task, shape[0])}
+        weights = self.weights_at(step).items()
+        fitting = {task: w for task, w in weights if not self.unfit(task, shape[0])}
         task, settings = draw_task(draw("task"), fitting), self.config.given
         frames = self.codec.given(task, shape[0], self.patch[0], draw)
         if settings.dropout:
@@ -133,7 +135,7 @@ def task_weights(stages: Sequence[tuple[int, Mapping[str, float]]], step: int) -
 
 def at_step(stages: Sequence[tuple[int, float]], step: int) -> float:
     """A value at a step: on a straight line between two stages, then the last one's."""
-    return float(np.interp(step, *zip(*stages, strict=True)))
+    return float(np.interp(step, [start for start, _ in stages], [value for _, value in stages]))
 
 
 def stored_name(task: str, run: range, stride: int) -> str:

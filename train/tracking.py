@@ -155,10 +155,12 @@ def send_evaluation(
         return
     wandb, run = started
     try:
-        columns, rows = table
-        shown = wandb.Table(columns=list(columns), data=[list(values) for values in rows])
-        run.log({**row, "evaluation": shown})
-        run.finish()
+        try:
+            columns, rows = table
+            shown = wandb.Table(columns=list(columns), data=[list(values) for values in rows])
+            run.log({**row, "evaluation": shown})
+        finally:
+            run.finish()
     except Exception as error:
         warnings.warn(f"W&B could not take the evaluation: {error}", stacklevel=2)
 
