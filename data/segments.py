@@ -1,8 +1,9 @@
 """Pieces of a clip that the VAE encodes alone: what is given must not have seen what is asked for.
 
 A piece is named `last` (the last frame, as an image), `suffix:N` (the last N = 1 + st·k frames, as
-a clip of their own) or `every:K` (frames 0, K, 2K, …, each as an image; K a multiple of st), with
-st the VAE's stride in time.
+a clip of their own), `every:K` (frames 0, K, 2K, …, each as an image; K a multiple of st) or
+`shown:N` (the whole clip, grey behind its first N frames; N = 0 or 1 + st·k), with st the VAE's
+stride in time.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -29,28 +31,30 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentSpec:
-    """A piece by its name: the last `length` frames, or every `length`-th one as a still."""
+    """A piece by its name: the last `length` frames, every `length`-th one as a still, or the clip
+    of which the first `length` are shown."""
 
     name: str
+    kind: str
     length: int
-    is_stills: bool
 
     @classmethod
     def parse(cls, name: str) -> Self:
         """The piece of a name; ValueError for what names none."""
-        match = re.fullmatch(r"last|(suffix|every):([1-9]\d*)", name)
+        match = re.fullmatch(r"(last)|(suffix|every):([1-9]\d*)|(shown):(0|[1-9]\d*)", name)
         if match is None:
             raise ValueError(
-                f"segment {name!r} must be last, suffix:N (N frames) or every:K (one frame in K)"
+                f"segment {name!r} must be last, suffix:N (N frames), every:K (one frame in K) or "
+                "shown:N (the first N frames, then grey)"
             )
-        return cls(name, int(match[2] or 1), match[1] == "every")
+        return cls(name, match[1] or match[2] or match[4], int(match[3] or match[5] or 1))
 
     def check(self, num_frames: int, stride: int) -> None:
         """ValueError unless clips of up to `num_frames`, `stride` of them a latent, have the
         piece."""
-        rest = self.length % stride if self.is_stills else (self.length - 1) % stride
-        if rest:
-            rule = f"a multiple of {stride}" if self.is_stills else f"1 + {stride}·k"
+        is_stills, is_empty = self.kind == "every", self.length == 0
+        if not is_empty and (self.length if is_stills else self.length - 1) % stride:
+            rule = f"a multiple of {stride}" if is_stills else f"1 + {stride}·k"
             raise ValueError(f"segment {self.name}: {self.length} must be {rule}, for this VAE")
         if not self.fits(num_frames):
             raise ValueError(
@@ -65,13 +69,18 @@ class SegmentSpec:
     def places(self, num_frames: int, stride: int) -> tuple[int, ...]:
         """The latent frames that the piece stands for: those that end with its frames."""
         last = (num_frames - 1) // stride
-        if self.is_stills:
+        if self.kind == "shown":
+            return tuple(range(last + 1))
+        if self.kind == "every":
             return tuple(range(0, last + 1, self.length // stride))
         return tuple(range(last - (self.length - 1) // stride, last + 1))
 
     def encode(self, encode: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
         """The latents (B, Z, P, H', W') of the piece of clips (B, C, T, H, W), encoded alone."""
-        if not self.is_stills:
+        if self.kind == "shown":
+            is_shown = torch.arange(video.shape[2], device=video.device) < self.length
+            return encode(torch.where(is_shown[:, None, None], video, 0.0))
+        if self.kind != "every":
             return encode(video[:, :, -self.length :])
         stills = video[:, :, :: self.length].movedim(2, 1)  # (B, P, C, H, W)
         latents = encode(stills.flatten(0, 1)[:, :, None])  # (B·P, Z, 1, H', W')

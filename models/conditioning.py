@@ -90,10 +90,14 @@ class GivenFrames:
     Frame f of a clip stands at latent frame f / s, s being the codec's stride in time, also where
     it is encoded alone. So the segment of latent frames a … b shows the frames a·s … b·s; its first
     latent is the first of these, an image.
+
+    A model that sees what is given as `channels` behind the noisy latents (`image_condition`)
+    generates all frames, and all bear loss.
     """
 
     in_place: tuple[range, ...] = ()
     segments: tuple[range, ...] = ()
+    channels: tuple[range, ...] = ()
 
     @classmethod
     def of(cls, runs: Sequence[range], is_causal: bool) -> Self:
@@ -106,7 +110,7 @@ class GivenFrames:
     @property
     def runs(self) -> tuple[range, ...]:
         """All of them, in order."""
-        return self.in_place + self.segments
+        return self.in_place + self.segments + self.channels
 
     def keep(self, is_kept: Callable[[int], bool]) -> "GivenFrames":
         """Without the runs whose number (0 is the first) is not kept."""
@@ -115,6 +119,7 @@ class GivenFrames:
             self,
             in_place=tuple(run for run in self.in_place if run in kept),
             segments=tuple(run for run in self.segments if run in kept),
+            channels=tuple(run for run in self.channels if run in kept),
         )
 
 
@@ -140,6 +145,13 @@ def given_frames(
     return GivenFrames.of(runs, is_causal)
 
 
+def as_channels(given: GivenFrames, patch: int = 1) -> GivenFrames:
+    """A beginning of a clip as channels; cut to its first 2^i units, for a cache holds every
+    length that is drawn."""
+    runs = tuple(run[: _stored_length(run, patch)] for run in given.in_place)
+    return GivenFrames(channels=runs)
+
+
 def unfit(task: str, num_frames: int, patch: int = 1) -> str:
     """Why clips of `num_frames` latent frames cannot serve a task; "" where they can."""
     rule = TASKS[task]
@@ -155,7 +167,12 @@ def unfit(task: str, num_frames: int, patch: int = 1) -> str:
 
 def _end(run: range, patch: int) -> range:
     """The last 2^i units of a run, as many as it has."""
-    return run[-patch * 2 ** ((len(run) // patch).bit_length() - 1) :]
+    return run[-_stored_length(run, patch) :]
+
+
+def _stored_length(run: range, patch: int) -> int:
+    """That of 2^i units, as many as the run has."""
+    return patch * 2 ** ((len(run) // patch).bit_length() - 1)
 
 
 def _runs(units: Iterable[int], patch: int) -> tuple[range, ...]:

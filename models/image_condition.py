@@ -22,7 +22,18 @@ def image_condition(
     one pixel frame of the first fills them all.
     """
     latents = encode(torch.where(given[:, None, :, None, None], video, 0.0))
+    return with_mask(latents, given, time_stride)
+
+
+def with_mask(latents: Tensor, given: Tensor, time_stride: int) -> Tensor:
+    """The same from latents (B, C, T, H', W') that were encoded already."""
     frames = torch.cat((given[:, :1].expand(-1, time_stride - 1), given), dim=1)  # (B, st·T)
     mask = frames.unflatten(1, (-1, time_stride)).transpose(1, 2)  # (B, st, T)
     mask = mask[..., None, None].expand(-1, -1, -1, *latents.shape[-2:])
-    return torch.cat((mask.to(latents.dtype), latents), dim=1)
+    return torch.cat((mask.to(latents), latents), dim=1)
+
+
+def with_channels(noisy: Tensor, channels: Tensor | None) -> Tensor:
+    """What the model is called with: noisy latents (B, C, T, H, W), and behind them what is given
+    as channels, where something is."""
+    return noisy if channels is None else torch.cat((noisy, channels), dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longtake.models.conditioning import noise_levels
 from longtake.models.flow import Prediction, add_noise, as_velocity, shift_timesteps
+from longtake.models.image_condition import with_channels
 from longtake.models.interop import unipc_scheduler
 from longtake.models.tokens import Segment
 
@@ -145,6 +146,7 @@ def sample(
     prediction: Prediction = "velocity",
     negative: TextInput | None = None,
     given: Given | None = None,
+    channels: Tensor | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W), fp32, drawn from `noise` of that shape.
@@ -152,6 +154,7 @@ def sample(
     With guidance, v = v(negative) + scale·(v(text) − v(negative)) (arXiv 2207.12598); `negative`
     is the encoding of "" for every sample, or of what is not wanted. Given latents are put in place
     before every step and told to the network at their own level; they are returned as given.
+    `channels` (B, C', T, H, W) are shown behind the latents (see `image_condition`).
     `on_step(i)` is called after each step. Raises ValueError for guidance without `negative`.
     """
     guided = config.guidance_scale != 1
@@ -177,7 +180,7 @@ def sample(
 
         def velocity(condition: TextInput) -> Tensor:
             output = dit(
-                latents,  # noqa: B023 - called before the next step rebinds it
+                with_channels(latents, channels),  # noqa: B023 - called before it is rebound
                 t,  # noqa: B023
                 condition.embeds,
                 condition.lens,

@@ -20,6 +20,7 @@ from longtake.data.transforms import to_float, to_uint8
 from longtake.data.world.given import held_frames
 from longtake.models.conditioning import given_mask, noise_levels, num_noisy_tokens, unfit
 from longtake.models.flow import Prediction, add_noise, flow_loss
+from longtake.models.image_condition import with_channels
 from longtake.train.codec import Codec
 from longtake.train.fidelity import ClipScorer, VideoDetector, flicker, psnr, ssim
 from longtake.train.painter import GivenClips, Painter, noise_for
@@ -177,7 +178,9 @@ class Judge:
         mask = given_mask(frames, (clean.shape[2], clean.shape[3], clean.shape[4])).to(self.device)
         given = mask.expand(len(clean), *mask.shape)
         with self._autocast():
-            segments = self.codec.encode_segments(truth.clips * 2 - 1, frames)
+            clips = truth.clips * 2 - 1
+            segments = self.codec.encode_segments(clips, frames)
+            channels = self.codec.encode_channels(clips, [frames] * len(clips))
         embeds, lens = self.run.text(self.painter.tokenizer([clip.caption for clip in batch.clips]))
         prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"
         losses = []
@@ -188,7 +191,7 @@ class Judge:
             levels, index = noise_levels(t, given, patch)
             with self._autocast():
                 output = self.run.dit(
-                    *(noisy, t, embeds.float(), lens),
+                    *(with_channels(noisy, channels), t, embeds.float(), lens),
                     levels=levels,
                     level_index=index,
                     extra=segments,

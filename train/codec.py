@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
-from longtake.models.conditioning import Draw, GivenFrames, given_frames, middle
+from longtake.models.conditioning import Draw, GivenFrames, as_channels, given_frames, middle
+from longtake.models.image_condition import image_condition
 from longtake.models.tokens import Segment
 from longtake.models.vae import VAE, vae_hash
 from longtake.models.vae_bounded import decode_bounded, encode_bounded
@@ -27,7 +29,8 @@ class Codec:
     """Pixels (B, 3, T, H, W) in [-1, 1] ↔ normalised latents (B, C, T', H', W').
 
     Without a VAE (codec: identity) the pixels themselves are normalised: noise of unit variance
-    would drown them. `loaded` says where the VAE came from.
+    would drown them. `loaded` says where the VAE came from. `has_channels`: what is given are
+    channels behind the noisy latents, see `image_condition`.
     """
 
     channels: int
@@ -36,6 +39,7 @@ class Codec:
     std: Tensor
     vae: VAE | None = None
     loaded: LoadedVAE | None = None
+    has_channels: bool = False
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latent (C, T, H, W) of a clip; ValueError where the strides do not divide it."""
@@ -55,7 +59,14 @@ class Codec:
     def given(self, task: str, num_latents: int, patch: int, draw: Draw = middle) -> GivenFrames:
         """What a task gives of a clip of so many latent frames, `patch` of them to a token."""
         is_causal = self.vae is not None
-        return given_frames(task, num_latents, patch=patch, is_causal=is_causal, draw=draw)
+        given = given_frames(task, num_latents, patch=patch, is_causal=is_causal, draw=draw)
+        return as_channels(given, patch) if self.has_channels else given
+
+    def arrange(self, runs: Sequence[range]) -> GivenFrames:
+        """These runs of latent frames as the run's model is given them."""
+        if self.has_channels:
+            return GivenFrames(channels=tuple(runs))
+        return GivenFrames.of(runs, is_causal=self.vae is not None)
 
     def pixel_frames(self, given: GivenFrames) -> list[int]:
         """The pixel frames that are given, ascending; see `GivenFrames` for where they stand."""
@@ -81,6 +92,30 @@ class Codec:
             Segment(self.encode(clips[:, :, frames]), run.start)
             for run, frames in zip(given.segments, shown, strict=True)
         )
+
+    def shown(self, given: Sequence[GivenFrames], num_latents: int) -> Tensor:
+        """Which pixel frames are given (B, F) of clips of so many latent frames."""
+        mask = torch.zeros(len(given), self.pixel_shape((num_latents, 1, 1))[0], dtype=torch.bool)
+        for row, one in zip(mask, given, strict=True):
+            row[self.pixel_frames(one)] = True
+        return mask
+
+    def encode_channels(self, clips: Tensor, given: Sequence[GivenFrames]) -> Tensor | None:
+        """What clips (B, 3, T, H, W) are given as channels (B, st + C, T', H', W'), from these
+        frames alone; None for models without such channels."""
+        if not self.has_channels:
+            return None
+        mask = self.shown(given, self.latent_frames(clips.shape[2])).to(clips.device)
+        return image_condition(clips, mask, self.encode, self.strides[0])
+
+    def no_channels(self, shape: tuple[int, int, int], count: int) -> Tensor | None:
+        """The same for `count` videos of latents (T, H, W) of which nothing is given."""
+        if not self.has_channels:
+            return None
+        grey = torch.zeros(1, 3, *self.pixel_shape(shape), device=self.mean.device)
+        channels = self.encode_channels(grey, [GivenFrames()])
+        assert channels is not None
+        return channels.expand(count, -1, -1, -1, -1)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -113,7 +148,8 @@ def load_codec(
         mean, std = (
             torch.tensor(value, device=device) for value in (config.pixels.mean, config.pixels.std)
         )
-        return Codec(config.model.in_channels, (1, 1, 1), mean, std)
+        channels, has_channels = config.model.out_channels, config.has_channels
+        return Codec(channels, (1, 1, 1), mean, std, has_channels=has_channels)
     manifest, where = find_manifest(config, folder)
     named = vae or (Path(config.vae_run) if config.vae_run else _named_vae(manifest, where))
     if named is None:
@@ -123,7 +159,8 @@ def load_codec(
         torch.tensor(values, device=device).view(-1, 1, 1, 1)
         for values in (manifest.mean, manifest.std)
     )
-    return Codec(manifest.z_dim, loaded.vae.strides, mean, std, loaded.vae, loaded)
+    strides, vae = loaded.vae.strides, loaded.vae
+    return Codec(manifest.z_dim, strides, mean, std, vae, loaded, config.has_channels)
 
 
 def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, Path]:

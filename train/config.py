@@ -191,15 +191,7 @@ def _check_run(config: VAERun | DiTRun) -> None:
         model.text_dim == text.d_model,
         f"model.text_dim={model.text_dim} must equal text.d_model={text.d_model}",
     )
-    require(
-        model.in_channels == model.out_channels,
-        f"model.out_channels={model.out_channels} must equal model.in_channels={model.in_channels}",
-    )
-    if config.codec == "identity":
-        require(
-            model.in_channels == 3,
-            f"model.in_channels={model.in_channels} must be 3 with codec=identity (RGB)",
-        )
+    _check_channels(config)
     _check_given(config)
     if config.export.required:
         _check_exportable(config)
@@ -223,6 +215,29 @@ def _check_shared_tokens(config: DiTRun, degree: int) -> None:
             f"engine.sequence_parallel={degree} must be 1 with {key}: samples come in packs then, "
             "and ranks share the tokens of batches only",
         )
+
+
+def _check_channels(config: DiTRun) -> None:
+    """Those of the model; with a VAE its stride and channels are checked when latents are read."""
+    taken, made = config.model.in_channels, config.model.out_channels
+    require(
+        not config.has_channels or taken > 2 * made,
+        f"model.out_channels={made} must equal model.in_channels={taken}, or leave room for given "
+        "frames as channels: in_channels = 2·out_channels + the VAE's stride in time",
+    )
+    if config.codec == "identity":
+        require(
+            made == 3 and taken in (3, 7),
+            f"model.in_channels={taken} must be 3 with codec=identity (RGB), or 7 for given frames "
+            f"as channels; and model.out_channels={made} 3",
+        )
+    if config.has_channels:
+        why = f"with model.in_channels={taken}, for given frames as channels"
+        for task in config.trained_tasks:
+            require(
+                TASKS[task].is_prefix, f"tasks.{task} must be 0 {why}: they are a clip's beginning"
+            )
+        require(config.given.noise == 0, f"given.noise={config.given.noise} must be 0 {why}")
 
 
 def _check_given(config: DiTRun) -> None:
@@ -252,10 +267,16 @@ def _check_exportable(config: DiTRun) -> None:
     check_exportable(config, remedy)
     patch = tuple(config.model.patch_size)
     require(
-        config.tasks.get("i2v", 0.0) == 0 or patch == IMAGE_PATCH,
+        config.tasks.get("i2v", 0.0) == 0 or draws_from_image(config),
         f"model.patch_size={patch} must be {IMAGE_PATCH} for i2v with export.required=true: "
         f"{remedy}",
     )
+
+
+def draws_from_image(config: DiTRun) -> bool:
+    """Whether a stock WanImageToVideoPipeline can draw with the run: by channels, or as TI2V."""
+    is_known = config.has_channels or tuple(config.model.patch_size) == IMAGE_PATCH
+    return config.tasks.get("i2v", 0.0) > 0 and is_known
 
 
 def check_exportable(config: DiTRun, remedy: str = "draw with `longtake sample` instead") -> None:
@@ -270,6 +291,8 @@ def check_exportable(config: DiTRun, remedy: str = "draw with `longtake sample` 
             config.text.kind != "words"
         ),
         f"model.absolute_positions={positions} must be 0, stock Wan has none": positions == 0,
+        f"tasks.i2v=0 must be > 0 with model.in_channels={config.model.in_channels}, with which "
+        "stock pipelines draw from an image": draws_from_image(config) or not config.has_channels,
     }
     for bucket in config.data.buckets:
         rule = f"data.buckets has {bucket.name}, height and width must be divisible by {MULTIPLE}"

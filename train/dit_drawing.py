@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,18 +40,19 @@ def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> lis
     fps, shape = clips[0].fps, task.conditions.latent_shape(clips[0].sample)
     video = _draw(task, engine, rows, numbers, shape)
     drawings = _named("sample", video, prompts, fps)
+    batch = replace(batches[0], clips=clips)
     for name in task.config.trained_tasks:
         if task.conditions.unfit(name, shape[0]):
             continue
         drawn = task.conditions.fixed(name, shape[0])
         if drawn.frames.runs:
-            clean = torch.cat([task.clean(batch) for batch in batches])
             masks = masks_of([drawn] * len(clips), shape).to(task.device)
             shown = zip(*(task.segments(clip, drawn) for clip in clips), strict=True)
             segments = [Segment(torch.stack([s.latents for s in x]), x[0].start) for x in shown]
-            given = Given(clean, masks, task.patch_size, segments=segments)
+            given = Given(task.clean(batch), masks, task.patch_size, segments=segments)
+            channels = task.channels(batch, [drawn] * len(clips))
             rows = task.captions.whole(clips)
-            video = _draw(task, engine, rows, range(len(clips)), shape, given)
+            video = _draw(task, engine, rows, range(len(clips)), shape, given, channels)
             drawings += _named(name, video, captions, fps)
     return drawings
 
@@ -62,11 +64,14 @@ def _draw(
     numbers: Sequence[int],
     shape: tuple[int, int, int],
     given: Given | None = None,
+    channels: Tensor | None = None,
 ) -> Tensor:
-    """Pixels (B, 3, T, H, W), each from the noise of its number."""
+    """Pixels (B, 3, T, H, W), each from the noise of its number; `channels` None: none is given."""
     settings, encode = task.config.samples, task.module.encode
     seeds = [derive_seed(settings.seed, number) for number in numbers]
-    size = (task.config.model.in_channels, *shape)
+    size = (task.codec.channels, *shape)
+    if channels is None:
+        channels = task.codec.no_channels(shape, len(rows))
     noise = [noise_for(seed, size) for seed in seeds]
     negative = task.captions.of_texts([settings.negative_prompt]) * len(rows)
     with engine.autocast():
@@ -78,6 +83,7 @@ def _draw(
             prediction=task.prediction,
             negative=encode(negative),
             given=given,
+            channels=channels,
         )
     return task.codec.decode(latents)
 

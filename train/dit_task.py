@@ -21,6 +21,7 @@ from longtake.models.flow import (
     min_snr_weight,
     sample_timesteps,
 )
+from longtake.models.image_condition import with_channels
 from longtake.models.tokens import Segment, Video
 from longtake.models.transfer import to_device
 from longtake.train.caption_rows import CaptionRows
@@ -50,11 +51,17 @@ class Noised:
     level_index: Tensor | None
     known: Tensor  # (B,) level of what is given
     segments: Sequence[Sequence[Segment]]  # of each sample, beside its latents
+    channels: Tensor | None  # (B, C', T, H, W) behind the noisy latents
+
+    @property
+    def seen(self) -> Tensor:
+        """What the DiT is called with."""
+        return with_channels(self.noisy, self.channels)
 
     def videos(self) -> list[Video]:
         """The samples as the DiT takes those of a pack."""
         index = [None] * len(self.t) if self.level_index is None else self.level_index
-        return [Video(*one) for one in zip(self.noisy, index, self.segments, strict=True)]
+        return [Video(*one) for one in zip(self.seen, index, self.segments, strict=True)]
 
 
 class DiTTask:
@@ -187,6 +194,15 @@ class DiTTask:
             replace(segment, latents=to_device(segment.latents, self.device)) for segment in stored
         ]
 
+    def channels(self, batch: Batch, drawn: Sequence[Drawn]) -> Tensor | None:
+        """What the clips are given as channels (B, C', T, H, W); None for models without."""
+        if not self.codec.has_channels:
+            return None
+        if self.config.codec == "identity":
+            clips = to_device(batch.stack_video(), self.device)
+            return self.codec.encode_channels(clips, [one.frames for one in drawn])
+        return to_device(self.conditions.channels(batch.clips, drawn), self.device)
+
     def _errors(self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor]) -> Tensor:
         """Sums over the noisy tokens of each sample (B,)."""
         outputs = self._predict(engine, parts, text)
@@ -207,7 +223,7 @@ class DiTTask:
         """Of each part, in one forward whatever they are: ranks must run the same modules."""
         if not self.in_packs:
             (only,) = parts
-            return [engine(only.noisy, only.t, text, only.levels, only.level_index)]
+            return [engine(only.seen, only.t, text, only.levels, only.level_index)]
         t, known = (torch.cat([getattr(p, name) for p in parts]) for name in ("t", "known"))
         videos = [video for part in parts for video in part.videos()]
         levels = torch.stack((t, known), 1)
@@ -237,7 +253,8 @@ class DiTTask:
         levels, index = (None if x is None else to_device(x, self.device) for x in (levels, index))
         shown = add_noise(clean, noise, known)
         noisy = torch.where(given[:, None], shown, add_noise(clean, noise, t))
-        return Noised(clean, noise, noisy, t, given, levels, index, known, segments)
+        channels = self.channels(batch, drawn)
+        return Noised(clean, noise, noisy, t, given, levels, index, known, segments, channels)
 
     def _draw_levels(self, samples: Sequence[PlannedSample], step: int) -> Tensor:
         flat = torch.tensor([uniform(s.seed, "timestep") for s in samples])

@@ -23,7 +23,7 @@ from longtake.models.interop import (
 from longtake.models.sampler import SamplerConfig
 from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
-from longtake.train.config import IMAGE_PATCH, check_exportable, to_tree
+from longtake.train.config import IMAGE_PATCH, check_exportable, draws_from_image, to_tree
 from longtake.train.export_card import model_card
 from longtake.train.lora import split_adapters
 from longtake.train.painter import GivenClips, Painter, noise_for, sampler_of
@@ -32,7 +32,7 @@ from longtake.train.runs import LoadedDiT, find_run, load_dit, read_run_config, 
 from longtake.train.schema import DiTRun
 
 if TYPE_CHECKING:
-    from diffusers import WanPipeline
+    from diffusers import WanImageToVideoPipeline, WanPipeline
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
 TOLERANCE = 1e-3  # of pixels in [0, 1]
@@ -78,7 +78,7 @@ def export_run(
         data = data_manifest(run.config)
         (scratch / "data_manifest.json").write_text(json.dumps(data, indent=1) + "\n")
         (scratch / CONFIG).write_text(json.dumps(to_tree(run.config), indent=1) + "\n")
-        card = model_card(run, codec, data, draws_from_image=draws_from_image(run.config))
+        card = model_card(run, codec, data, exported_tasks(run.config))
         (scratch / "README.md").write_text(card, encoding="utf-8")
         worst = verify(scratch, run, codec)
     return ExportReport(out, worst, notes)
@@ -116,10 +116,10 @@ def check_free(out: Path, proof: str, overwrite: bool) -> None:
     check_replaceable(out, proof)
 
 
-def draws_from_image(config: DiTRun) -> bool:
-    """Whether the exported folder also works as a WanImageToVideoPipeline (TI2V form)."""
-    patch = tuple(config.model.patch_size)
-    return config.tasks.get("i2v", 0.0) > 0 and patch == IMAGE_PATCH
+def exported_tasks(config: DiTRun) -> list[str]:
+    """What the stock pipeline draws: given frames as channels, it always has an image."""
+    from_text = [] if config.has_channels else ["t2v"]
+    return [*from_text, "i2v"] if draws_from_image(config) else from_text
 
 
 def image_notes(config: DiTRun) -> tuple[str, ...]:
@@ -143,12 +143,14 @@ def keep_quiet() -> None:
         logging.disable_progress_bar()
 
 
-def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
+def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline | WanImageToVideoPipeline:
     """The stock pipeline around the run's weights."""
-    from diffusers import WanPipeline
+    from diffusers import WanImageToVideoPipeline, WanPipeline
 
     assert codec.vae is not None
-    return WanPipeline(
+    has_channels = run.config.has_channels
+    kind = WanImageToVideoPipeline if has_channels else WanPipeline
+    return kind(
         tokenizer=Tokenizer(run.config.text).tokenizer,
         text_encoder=run.text.encoder,
         vae=vae_to_diffusers(
@@ -158,7 +160,7 @@ def build_pipeline(run: LoadedDiT, codec: Codec) -> WanPipeline:
         ),
         scheduler=scheduler_of(run.config),
         transformer=dit_to_diffusers(run.dit),
-        expand_timesteps=draws_from_image(run.config),
+        expand_timesteps=draws_from_image(run.config) and not has_channels,
     )
 
 
@@ -177,14 +179,13 @@ def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
 
     Returns the largest difference of pixels in [0, 1] per task; ValueError above 1e-3.
     """
-    tasks = ["t2v", "i2v"] if draws_from_image(run.config) else ["t2v"]
     sampler = sampler_of(run.config, steps=min(VERIFY_STEPS, run.config.samples.steps))
     painter = Painter(run, codec, sampler)
     bucket = run.config.data.buckets[0]
     shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
     noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
     worst = {}
-    for task in track(tasks, description="verify"):
+    for task in track(exported_tasks(run.config), description="verify"):
         image = None
         if task == "i2v":
             seeded = torch.Generator().manual_seed(0)

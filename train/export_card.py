@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from longtake.train.codec import Codec
@@ -9,8 +10,8 @@ from longtake.train.runs import LoadedDiT
 
 CARD = """---
 library_name: diffusers
-pipeline_tag: text-to-video
-tags: [text-to-video, longtake]
+pipeline_tag: {tag}
+tags: [{tag}, longtake]
 ---
 
 # {name}
@@ -20,23 +21,9 @@ It draws {frames} frames of {width}×{height} pixels at {fps:g} frames per secon
 
 ## Use
 
-```python
-from diffusers import WanPipeline
-from diffusers.utils import export_to_video
+{uses}`max_sequence_length={max_length}` is part of the model: it was trained with captions padded
+to that length, and another value changes what it draws.
 
-pipe = WanPipeline.from_pretrained("PATH")
-video = pipe(
-    prompt="{prompt}",
-    height={height}, width={width}, num_frames={frames},
-    num_inference_steps={steps}, guidance_scale={guidance:g},
-    max_sequence_length={max_length},
-).frames[0]
-export_to_video(video, "sample.mp4", fps={fps:g})
-```
-
-`max_sequence_length={max_length}` is part of the model: it was trained with captions padded to that
-length, and another value changes what it draws.
-{image}
 ## Sizes
 
 | part | parameters | shape |
@@ -59,8 +46,23 @@ It knows what it was trained on and nothing else. The data's licences above appl
 with it.
 """
 
-IMAGE = """
-From an image (it becomes the first frame):
+TEXT = """```python
+from diffusers import WanPipeline
+from diffusers.utils import export_to_video
+
+pipe = WanPipeline.from_pretrained("PATH")
+video = pipe(
+    prompt="{prompt}",
+    height={height}, width={width}, num_frames={frames},
+    num_inference_steps={steps}, guidance_scale={guidance:g},
+    max_sequence_length={max_length},
+).frames[0]
+export_to_video(video, "sample.mp4", fps={fps:g})
+```
+
+"""
+
+IMAGE = """From an image (it becomes the first frame):
 
 ```python
 from diffusers import WanImageToVideoPipeline
@@ -69,13 +71,14 @@ video = pipe(image=image, prompt="…", height={height}, width={width}, num_fram
              num_inference_steps={steps}, guidance_scale={guidance:g},
              max_sequence_length={max_length}).frames[0]
 ```
+
 """
 
 
 def model_card(
-    run: LoadedDiT, codec: Codec, data: list[dict[str, Any]], *, draws_from_image: bool
+    run: LoadedDiT, codec: Codec, data: list[dict[str, Any]], tasks: Sequence[str]
 ) -> str:
-    """README.md of the exported folder, Markdown."""
+    """README.md of the exported folder, Markdown; `tasks` are those that it draws, t2v and i2v."""
     config, bucket = run.config, run.config.data.buckets[0]
     assert codec.vae is not None
     values = {
@@ -87,12 +90,13 @@ def model_card(
         "steps": config.samples.steps,
         "guidance": config.samples.guidance_scale,
         "max_length": config.text.max_length,
+        "prompt": (config.samples.prompts or ["a red circle moves left"])[0],
     }
     share = config.data.train[0].captions
     return CARD.format(
         **values,
-        prompt=(config.samples.prompts or ["a red circle moves left"])[0],
-        image=IMAGE.format(**values) if draws_from_image else "",
+        tag="text-to-video" if "t2v" in tasks else "image-to-video",
+        uses="".join({"t2v": TEXT, "i2v": IMAGE}[task].format(**values) for task in tasks),
         dit_params=_count(run.dit),
         vae_params=_count(codec.vae),
         text_params=_count(run.text),

@@ -18,6 +18,7 @@ from longtake.data.randomness import generator, uniform
 from longtake.models.conditioning import (
     TASKS,
     GivenFrames,
+    as_channels,
     draw_task,
     given_frames,
     given_mask,
@@ -25,6 +26,7 @@ from longtake.models.conditioning import (
     unfit,
 )
 from longtake.models.flow import add_noise
+from longtake.models.image_condition import with_mask
 from longtake.models.tokens import Segment
 from longtake.train.codec import Codec
 from longtake.train.schema import DiTRun
@@ -92,6 +94,17 @@ class Conditions:
             stored.append(Segment(latents, run.start))
         return tuple(stored)
 
+    def channels(self, clips: Sequence[Clip], drawn: Sequence[Drawn]) -> Tensor:
+        """What the clips, all of a shape, are given as channels (B, st + C, T, H, W), of those that
+        `longtake encode` stored."""
+        stride = self.codec.strides[0]
+        stored = [
+            clip.segment(shown_name(one.frames, stride)).latents
+            for clip, one in zip(clips, drawn, strict=True)
+        ]
+        mask = self.codec.shown([one.frames for one in drawn], stored[0].shape[1])
+        return with_mask(torch.stack(stored), mask, stride)
+
     def num_tokens(self, sample: PlannedSample) -> int:
         """All tokens of the video itself, given ones included."""
         time, rows, columns = self.config.model.grid(self.latent_shape(sample))
@@ -146,6 +159,11 @@ def stored_name(task: str, run: range, stride: int) -> str:
     return f"every:{stride}" if TASKS[task].is_stills else f"suffix:{1 + (len(run) - 1) * stride}"
 
 
+def shown_name(given: GivenFrames, stride: int) -> str:
+    """The piece in which `longtake encode` stores what is given as channels."""
+    return f"shown:{1 + (len(given.runs[0]) - 1) * stride if given.runs else 0}"
+
+
 def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
     """The pieces that the tasks of a run may take from latents, at any of their draws."""
     patch, names = config.model.patch_size[0], []
@@ -158,6 +176,10 @@ def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
                 is_causal=True,
                 draw=lambda purpose, u=number / count: u,
             )
+            if config.has_channels:
+                given = as_channels(given, patch)
+                kept = (GivenFrames(), given) if config.given.dropout else (given,)
+                names += [shown_name(one, manifest.strides[0]) for one in kept]
             names += [stored_name(task, run, manifest.strides[0]) for run in given.segments]
     return list(dict.fromkeys(names))
 

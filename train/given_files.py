@@ -102,7 +102,7 @@ def _placed(
             )
         runs.append(run)
         free = run.stop
-    return GivenFrames.of(runs, is_causal=codec.vae is not None)
+    return codec.arrange(runs)
 
 
 def check_task(config: DiTRun, task: str) -> None:

@@ -66,6 +66,7 @@ class Painter:
             if self.sampler.guidance_scale != 1:
                 away = self.run.config.samples.negative_prompt if negative is None else negative
                 empty = self._encode([away] * len(prompts), numbers)
+            channels = self._channels(noise.shape, given)
             latents = sample(
                 self.run.dit,
                 noise.to(self.device),
@@ -74,6 +75,7 @@ class Painter:
                 prediction=self.run.config.prediction,  # pyright: ignore[reportArgumentType]
                 negative=empty,
                 given=None if given is None else self._given(noise.shape, given),
+                channels=channels,
                 on_step=on_step,
             )
             return self.codec.decode(latents).float()
@@ -99,6 +101,14 @@ class Painter:
             given.level,
             [self._shown(segment, given.level, shape[0]) for segment in segments],
         )
+
+    def _channels(self, shape: torch.Size, given: GivenClips | None) -> Tensor | None:
+        """(B, C', T, H, W) for models that see what is given so."""
+        if given is None:
+            return self.codec.no_channels((shape[2], shape[3], shape[4]), shape[0])
+        clips = given.clips.to(self.device)
+        channels = self.codec.encode_channels(clips, [given.frames] * len(clips))
+        return None if channels is None else channels.expand(shape[0], -1, -1, -1, -1)
 
     def _shown(self, segment: Segment, level: float, count: int) -> Segment:
         """A segment at its noise level, whose noise must not be that of the video; (B, …)."""

@@ -312,6 +312,11 @@ class DiTRun(RunConfig):
     numbers: NumbersConfig = NumbersConfig()
 
     @property
+    def has_channels(self) -> bool:
+        """Whether what is given are channels behind the noisy latents (see `image_condition`)."""
+        return self.model.in_channels != self.model.out_channels
+
+    @property
     def trained_tasks(self) -> list[str]:
         """Tasks that have a weight at some step, t2v first."""
         stages = [tasks for _, tasks in self.task_stages]

@@ -141,10 +141,12 @@ def _check_latents(config: VAERun | DiTRun) -> None:
             refuse_other_vae(manifest, first)
             check_text(manifest, config, Path(dataset.path))
             refuse_missing_segments(manifest, needed_segments(config, manifest), dataset.path)
+            model, made = config.model, manifest.z_dim
+            taken = 2 * made + manifest.strides[0] if config.has_channels else made
             require(
-                manifest.z_dim == config.model.in_channels,
-                f"model.in_channels={config.model.in_channels} must be {manifest.z_dim}, the "
-                f"channels of the latents in data.{name}.{index}.path={dataset.path}",
+                (model.in_channels, model.out_channels) == (taken, made),
+                f"model.in_channels={model.in_channels} and out_channels={model.out_channels} must "
+                f"be {taken} and {made} for the latents in data.{name}.{index}.path={dataset.path}",
             )
     if not config.text.is_trained:
         width = read_empty_text(config.data.train[0].path).shape[1]

@@ -278,7 +278,22 @@ def test_segments_stand_for_the_latents_that_end_with_their_frames(
     assert latents[1, 2].flatten().tolist() == [4.0 * place for place in places]
 
 
-@pytest.mark.parametrize("name", ["first", "suffix", "suffix:4", "every:6", "suffix:17", "every:0"])
+@pytest.mark.parametrize(
+    ("length", "seen"), [(0, [0] * 5), (1, [1, 0, 0, 0, 0]), (5, [1, 5, 0, 0, 0])]
+)
+def test_a_clip_of_which_a_part_is_shown_is_grey_behind_it(length: int, seen: list[int]) -> None:
+    spec = SegmentSpec.parse(f"shown:{length}")
+    spec.check(17, 4)
+    assert spec.places(17, 4) == (0, 1, 2, 3, 4)
+    frames = torch.arange(1.0, 18.0).view(1, 1, 17, 1, 1).expand(2, 3, 17, 1, 1)
+    latents = spec.encode(lambda piece: piece[:, :, ::4], frames)
+    assert latents[1, 2].flatten().tolist() == seen
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["first", "suffix", "suffix:4", "every:6", "suffix:17", "every:0", "shown:4", "shown:17"],
+)
 def test_segments_that_a_clip_cannot_have(name: str) -> None:
     with pytest.raises(ValueError, match="segment"):
         SegmentSpec.parse(name).check(17, 4)

@@ -10,6 +10,7 @@ from longtake.models.conditioning import (
     GIVES_NOTHING,
     TASKS,
     GivenFrames,
+    as_channels,
     check_tasks,
     draw_task,
     given_frames,
@@ -85,6 +86,19 @@ def test_behind_the_beginning_a_causal_codec_gives_segments() -> None:
     stills = given_frames("random_frames", 9, is_causal=True)
     assert stills == GivenFrames((range(1),), tuple(range(i, i + 1) for i in (1, 3, 6, 8)))
     assert num_noisy_tokens(given_mask(stills, (9, 1, 1)), (1, 1, 1)) == 8
+
+
+def test_as_channels_everything_is_generated() -> None:
+    """Of beginnings there are few lengths as well."""
+    starts = [
+        as_channels(given_frames("extend_forward", 20, is_causal=True, draw=lambda _, u=i / 20: u))
+        for i in range(20)
+    ]
+    assert {given.channels[0].start for given in starts} == {0}
+    assert {len(given.channels[0]) for given in starts} == {2, 4, 8}
+    assert {(given.in_place, given.segments) for given in starts} == {((), ())}
+    assert not given_mask(starts[0], (20, 1, 1)).any()
+    assert starts[0].keep(lambda _: False) == GivenFrames()
 
 
 def test_tokens_keep_the_order_of_the_grid() -> None:

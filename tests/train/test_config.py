@@ -23,7 +23,7 @@ FILES = sorted(p.relative_to(CONF).with_suffix("").as_posix() for p in CONF.rglo
 COMPANIONS = {
     **{
         f"model/{name}": ["text=umt5_xxl"]
-        for name in ("dit_s", "dit_b", "dit_l", "wan_1_3b", "wan_5b", "wan_14b")
+        for name in ("dit_s", "dit_b", "dit_l", "wan_1_3b", "wan_5b", "wan_14b", "wan_14b_i2v")
     },
     "text/umt5_xxl": ["model=wan_1_3b"],
     "model/nano_identity": ["codec=identity", "tasks.i2v=0"],
