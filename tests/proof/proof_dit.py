@@ -20,6 +20,7 @@ from longtake.train.report_curves import read_series
 from tests.proof.pictures import draw_curves, draw_samples
 from tests.proof.proof_vae import run_counted, train, write_found
 
+EXPERIMENT = "proof_dit"
 FAMILIES = "move", "count", "leftright"
 SHAPE = "--size", "32x32", "--frames", "17"
 MAX_MINUTES = 90.0  # of the DiT's training
@@ -47,6 +48,13 @@ def phases(out: Path) -> list[Phase]:
 
     make = ("--families", ",".join(FAMILIES), *SHAPE)
     counts = {"train": "9000", "val": "600"}
+
+    def encode(split: str, *more: str) -> Phase:
+        folders = f"{vae}", f"{clips}/{split}", f"{latents}/{split}"
+        return Phase(
+            f"encode, {split}", ("encode", *folders, f"experiment={EXPERIMENT}", *SEGMENTS, *more)
+        )
+
     return [
         *(
             Phase(
@@ -58,15 +66,9 @@ def phases(out: Path) -> list[Phase]:
         vae_part("single frames", "proof_vae_images", images, 1, "train.steps=400"),
         vae_part("5 frames", "proof_vae_short", short, 5, f"init_from={images}", "train.steps=300"),
         vae_part("17 frames", "proof_vae", vae, 17, f"init_from={short}", "train.steps=500"),
-        Phase(
-            "encode, train", ("encode", f"{vae}", f"{clips}/train", f"{latents}/train", *SEGMENTS)
-        ),
-        Phase(
-            "encode, val",
-            ("encode", f"{vae}", f"{clips}/val", f"{latents}/val", *SEGMENTS)
-            + ("--stats-from", f"{latents}/train"),
-        ),
-        train("DiT", "proof_dit", dit, *paths(latents)),
+        encode("train"),
+        encode("val", "--stats-from", f"{latents}/train"),
+        train("DiT", EXPERIMENT, dit, *paths(latents)),
         Phase(
             "evaluate",
             ("evaluate", f"{dit}", "--out", f"{out}/dit_scores", "--splits", "val")

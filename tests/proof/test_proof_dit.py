@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longtake.launch.cli import parse
-from longtake.launch.compose import compose
+from longtake.launch.compose import compose, compose_dit
+from longtake.train.schema import DiTRun
 from longtake.train.tasks import Drawing
 from longtake.train.trainer import write_drawings
 from tests.proof.pictures import draw_samples
@@ -17,14 +18,19 @@ from tests.proof.proof_vae import run_of
 
 
 def test_every_phase_is_a_command_that_runs_alone(tmp_path: Path) -> None:
-    stages = []
+    stages, texts = [], []
     for phase in phases(tmp_path):
         args = parse(list(phase.argv))
+        if args.command.name == "encode":
+            texts.append(compose_dit(["stage=dit", *args.overrides]).text)
         if args.command.name == "train":
             config = compose(args.overrides)
             assert Path(config.output_dir) == run_of(phase)
             stages.append(config.stage)
+            if isinstance(config, DiTRun):
+                texts.append(config.text)
     assert stages == ["vae", "vae", "vae", "dit"]
+    assert len(texts) == 3 and texts == texts[:1] * 3  # captions are cached for the DiT's encoder
 
 
 def test_an_interval_must_clear_the_blind_level() -> None:
