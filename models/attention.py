@@ -85,7 +85,8 @@ def _by_document(
     """Exact everywhere: documents of equal lengths are a batch."""
     alike: dict[tuple[int, int], list[int]] = {}
     for index, lengths in enumerate(zip(documents.queries, documents.keys, strict=True)):
-        alike.setdefault(lengths, []).append(index)
+        if lengths[0]:  # else nobody asks here
+            alike.setdefault(lengths, []).append(index)
     queries, keys = q.split(documents.queries, 2), k.split(documents.keys, 2)
     values = v.split(documents.keys, 2)
     out = list(queries)

@@ -139,7 +139,7 @@ class SelfAttention(nn.Module):
         weight = torch.stack((self.norm_q, self.norm_k))
         q, k, v = NormRotateHeads.apply(self.qkv(x), weight, rope, self.num_heads, self.eps)
         if shared is not None:
-            h = shared.attention(q, k, v)
+            h = shared.attention(q, k, v, documents)
         else:
             h = attention(q, k, v, documents=documents)  # (B, H, N, Dh)
         return self.proj(h.transpose(1, 2).flatten(2))
@@ -254,8 +254,8 @@ class DiT(nn.Module):
         to L: all packs of B have the same shapes then, so that one compiled graph serves them.
 
         Raises:
-            ValueError: a size that the patch size does not divide, a pack above its budget or with
-                shared tokens, or an argument that belongs to the other form.
+            ValueError: a size that the patch size does not divide, a pack above its budget, or an
+                argument that belongs to the other form.
         """
         if levels is None:
             if t is None:
@@ -265,21 +265,20 @@ class DiT(nn.Module):
         of_other_form = (extra or level_index is not None) if is_pack else budget
         if of_other_form:
             raise ValueError("budget is for packs, whose videos bring level_index and extra along")
-        if is_pack and self.group is not None:
-            raise ValueError("the tokens of a pack cannot be shared by ranks: pass a batch")
         if extra or budget or (is_pack and any(video.extra for video in latents)):
             clean = torch.zeros_like(levels[:, 0]) if extra_t is None else extra_t
             levels = torch.cat((levels, clean[:, None]), 1)
-        text, documents = self._text(text_embeds, text_lens, trim=budget is None), None
         if is_pack:
             sequence = self.sequencer.pack(latents, levels.shape[1], budget)
-            text, documents = self._documents(sequence, text, budget)
         else:
             sequence = self.sequencer.batch(latents, levels.shape[1], level_index, extra)
-        own, shared = sequence, None
+        own, shared, documents = sequence, None, None
         if self.group is not None:
             shared = SharedTokens(self.group, sequence.patches.shape[1])
             own = shared.share(sequence)
+        text = self._text(text_embeds, text_lens, trim=budget is None)
+        if is_pack:
+            text, documents = self._documents(sequence, text, budget, shared)
         time, modulation = self._modulation(levels)
         x = self.patch_embed(own.patches)  # (B, N, D)
         if self.config.absolute_positions:
@@ -302,14 +301,21 @@ class DiT(nn.Module):
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
     def _documents(
-        self, sequence: TokenSequence, text: TextTokens, budget: int | None
+        self,
+        sequence: TokenSequence,
+        text: TextTokens,
+        budget: int | None,
+        shared: SharedTokens | None,
     ) -> tuple[TextTokens, Documents]:
-        """What the samples of a pack may see: of the text, kept with it, and of each other.
+        """What the samples of a pack may see: of the text, kept with it, and of each other. The
+        text is read by the tokens of this rank alone.
 
         Padding is a sample of its own that nobody else sees; it may read the last one's text.
         """
         lengths, device = sequence.lengths, sequence.patches.device
         readers = (*lengths[:-1], lengths[-1] + sequence.num_pads)
+        if shared is not None:
+            readers = shared.lengths(readers)
         # On a GPU the cross-attention repeats the key of the padding.
         num_keys = text.tokens.shape[1] + (0 if device.type == "cpu" else text.num_pads - 1)
         keys = (num_keys,) * len(readers)
@@ -330,8 +336,8 @@ class DiT(nn.Module):
         self.checkpointing = kind
 
     def share_tokens(self, group: dist.ProcessGroup) -> None:
-        """From here on the ranks of the group compute each batch together: all call the model with
-        the same input, each holds its share of the tokens, and all get the whole prediction.
+        """From here on the ranks of the group compute each batch or pack together: all call the
+        model with the same input, each holds its share of the tokens, all get the whole prediction.
 
         Gradients of parameters are a rank's part of the sum over the group.
 

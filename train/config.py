@@ -206,15 +206,6 @@ def _check_shared_tokens(config: DiTRun, degree: int) -> None:
         "ranks attend with as many heads each: set it to one of "
         f"{', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
     )
-    beside = [task for task in config.trained_tasks if not TASKS[task].is_prefix]
-    in_packs = {"data.pack=true": config.data.pack}
-    in_packs |= {f"codec=vae and tasks.{task} > 0": config.codec == "vae" for task in beside}
-    for key, holds in in_packs.items():
-        require(
-            not holds,
-            f"engine.sequence_parallel={degree} must be 1 with {key}: samples come in packs then, "
-            "and ranks share the tokens of batches only",
-        )
 
 
 def _check_channels(config: DiTRun) -> None:

@@ -286,15 +286,21 @@ def test_every_micro_batch_runs_the_same_modules(task: DiTTask) -> None:
     assert calls == calls[: len(calls) // len(drawn)] * len(drawn)
 
 
-@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "shared",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "deepspeed_zero3")),
+    ],
+)
 def test_ranks_that_draw_other_segments_see_the_losses_of_one(
     engine: str, latents: Path, tmp_path: Path
 ) -> None:
     import_before_fork()
     assert train_here(overrides(latents, tmp_path / "one")) == 0
-    command = overrides(latents, tmp_path / "two", f"engine={engine}", "train.val_every=4")
+    more = [f"engine={engine}"] if engine != "shared" else ["engine.sequence_parallel=2"]
+    command = overrides(latents, tmp_path / "two", *more, "train.val_every=4")
     assert run_ranks(2, train_on_rank, [*command, "engine.precision=fp32"]) == [0, 0]
     two = losses(tmp_path / "two")
     assert two == {s: pytest.approx(x, rel=1e-4) for s, x in losses(tmp_path / "one").items()}
