@@ -12,13 +12,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A GPU may be there, but tests and demo are defined on the CPU.
 CPU_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 
-.PHONY: help install demo test test-slow proof proof-vae proof-dit lint format wheel clean
+.PHONY: help install demo test test-slow proof proof-vae proof-dit proof-tiers lint format wheel clean
 
 help:
 	@echo "make demo       train a video VAE and a DiT from nothing on two cores, sample and score them"
 	@echo "make test       the tests: CPU, gloo, no network"
 	@echo "make test-slow  the long proofs"
-	@echo "make proof      what VAEs (proof-vae) and a DiT (proof-dit) learn in CPU minutes; writes docs/proof"
+	@echo "make proof      what VAEs (proof-vae), a DiT (proof-dit) and small ones over seeds (proof-tiers)"
+	@echo "                learn in CPU minutes; writes docs/proof"
 	@echo "make lint       ruff and pyright"
 
 install: $(STAMP)
@@ -39,9 +40,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(CPU_ENV) $(BIN)/python -m pytest -m slow --timeout 3600
 
-proof: proof-vae proof-dit
+proof: proof-vae proof-dit proof-tiers
 
-proof-vae proof-dit: proof-%: $(STAMP)
+proof-vae proof-dit proof-tiers: proof-%: $(STAMP)
 	$(CPU_ENV) $(BIN)/python -m tests.proof.proof_$* --out $(PROOF_DIR)
 
 lint: $(STAMP)
