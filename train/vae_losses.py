@@ -14,6 +14,7 @@ from longtake.train.fidelity import load_torchscript
 
 HAAR_LEVELS = 3
 CHARBONNIER_EPS = 1e-3
+LUMA = (0.299, 0.587, 0.114)
 
 
 def absolute(error: Tensor) -> Tensor:
@@ -59,6 +60,16 @@ def haar(x: Tensor) -> tuple[Tensor, Tensor]:
     c, d = x[..., 1::2, ::2], x[..., 1::2, 1::2]
     bands = torch.stack((a - b + c - d, a + b - c - d, a - b - c + d), dim=1) / 2
     return (a + b + c + d) / 4, bands
+
+
+def chroma(error: Tensor) -> Tensor:
+    """Mean squared error of colour alone: what is left of R, G and B when luma is taken away.
+
+    Small differences of hue hardly show in a mean over channels, where light has most of the
+    variance. Luma is that of ITU-R BT.601.
+    """
+    luma = torch.einsum("c,bcthw->bthw", error.new_tensor(LUMA), error)
+    return squared(error - luma[:, None])
 
 
 def flicker(error: Tensor) -> Tensor:

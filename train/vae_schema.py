@@ -67,6 +67,7 @@ class VAELossConfig:
     kl: LossTerm  # nats per latent value
     perceptual: PerceptualTerm
     adversarial: AdversarialTerm
+    chroma: LossTerm = LossTerm(0.0, 0)  # squared error of colour without light
 
     def __post_init__(self) -> None:
         pixels = (self.l1, self.mse, self.charbonnier)

@@ -34,6 +34,7 @@ ERRORS = {
     "charbonnier": vae_losses.charbonnier,
     "detail": vae_losses.detail,
     "flicker": vae_losses.flicker,
+    "chroma": vae_losses.chroma,
 }
 
 

@@ -10,6 +10,7 @@ from longtake.train.vae_losses import (
     Perceptual,
     absolute,
     charbonnier,
+    chroma,
     detail,
     flicker,
     haar,
@@ -23,7 +24,7 @@ def pattern(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("term", [absolute, squared, charbonnier, detail, flicker])
+@pytest.mark.parametrize("term", [absolute, squared, charbonnier, detail, flicker, chroma])
 def test_terms_are_per_clip_and_zero_for_the_truth(term) -> None:  # noqa: ANN001
     error = pattern(3, 3, 5, 12, 16)
     error[1] = 0
@@ -63,6 +64,12 @@ def test_flicker_sees_change_and_no_constant_error() -> None:
     swaying = torch.tensor([1.0, -1, 1]).view(1, 1, 3, 1, 1).expand(1, 3, 3, 4, 4)
     assert flicker(swaying).item() == 2
     assert flicker(pattern(2, 3, 1, 4, 4)).tolist() == [0, 0]
+
+
+def test_chroma_sees_colour_and_no_light() -> None:
+    assert chroma(torch.full((1, 3, 2, 4, 4), 0.5)).item() == pytest.approx(0, abs=1e-12)
+    hue = torch.tensor([1.0, 0.0, -0.299 / 0.114]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 4, 4)
+    assert chroma(hue).item() == pytest.approx(squared(hue).item())  # it has no luma
 
 
 def test_perceptual_by_a_file(tmp_path: Path) -> None:
