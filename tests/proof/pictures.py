@@ -53,17 +53,21 @@ def draw_reconstructions(samples: Path, path: Path) -> None:
 
 
 def draw_samples(evaluation: Path, path: Path) -> None:
-    """Clips that `longtake evaluate` kept of t2v: prompt, frames drawn, frames of the truth."""
+    """Clips that `longtake evaluate` kept of t2v: frames drawn under their prompt, and beside them
+    those of the truth, through the VAE and as it is."""
     table = pq.read_table(evaluation / "clips.parquet", columns=["prompt", "task", "files"])
     kept = [row for row in table.to_pylist() if row["files"] and row["task"] == "t2v"]
-    figure = Figure(figsize=(9, 0.85 * len(kept)), layout="constrained")
+    columns = max(len(row["files"]) for row in kept)
+    figure = Figure(figsize=(4.5 * columns, 0.85 * len(kept)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(kept), 2, squeeze=False)
-    for row, pair in zip(kept, panels, strict=True):
-        for axes, (which, file) in zip(pair, sorted(dict(row["files"]).items()), strict=True):
+    panels = figure.subplots(len(kept), columns, squeeze=False)
+    for row, shown in zip(kept, panels, strict=True):
+        for axes, (which, file) in zip(shown, row["files"], strict=True):
             frames = spread(list(read_footage_file(evaluation / file).frames), SAMPLE_FRAMES)
-            axes.imshow(np.concatenate(frames, axis=1), interpolation="nearest")
-            axes.set_title(row["prompt"] if which == "drawn" else which, fontsize=8)
+            apart = [np.pad(f, ((0, 0), (0, 2), (0, 0)), constant_values=255) for f in frames]
+            axes.imshow(np.concatenate(apart, axis=1), interpolation="nearest")
+            title = {"drawn": row["prompt"], "VAE": "truth, through the VAE"}.get(which, which)
+            axes.set_title(title, fontsize=8)
             axes.axis("off")
     save(figure, path)
 

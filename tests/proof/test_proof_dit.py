@@ -48,8 +48,9 @@ def test_an_interval_must_clear_the_blind_level() -> None:
 
 def test_a_picture_of_prompts_and_what_was_drawn(tmp_path: Path) -> None:
     frames = np.zeros((9, 16, 16, 3), np.uint8)
-    write_drawings(tmp_path, [Drawing(name, frames, 8.0, "") for name in ("drawn", "truth")])
-    kept = {"drawn": "drawn.mp4", "truth": "truth.mp4"}
+    names = "drawn", "VAE", "truth"
+    write_drawings(tmp_path, [Drawing(name, frames, 8.0, "") for name in names])
+    kept = {name: f"{name}.mp4" for name in names}
     rows = [("a", "t2v", kept), ("b", "t2v", {}), ("c", "join", kept)]
     columns = {name: [row[i] for row in rows] for i, name in enumerate(("prompt", "task", "files"))}
     types = [("prompt", pa.string()), ("task", pa.string())]
