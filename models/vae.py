@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,11 @@ class VAE(nn.Module):
             if isinstance(module, Block):
                 module.recompute = config.checkpoint_blocks
         self.init_weights()
+
+    def compile_parts(self, **options: Any) -> None:
+        """torch.compile encoder and decoder, a graph for each shape; names of weights stay."""
+        for part in (self.encoder, self.decoder):
+            part.compile(dynamic=False, **options)
 
     @property
     def strides(self) -> tuple[int, int, int]:

@@ -280,6 +280,13 @@ class RunConfig:
         require(0 <= self.seed < 2**63, f"seed={self.seed} must lie in [0, 2^63)")
 
 
+@dataclass(frozen=True)
+class VAESpeedConfig:
+    """How the VAE is computed, not what; vae.checkpoint_blocks belongs to it, too."""
+
+    compile: bool = False  # torch.compile encoder and decoder
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAERun(RunConfig):
     """A run of stage=vae: the video autoencoder."""
@@ -287,6 +294,7 @@ class VAERun(RunConfig):
     vae: VAEConfig
     loss: VAELossConfig
     discriminator: AdversaryConfig
+    speed: VAESpeedConfig = VAESpeedConfig()
 
 
 @dataclass(frozen=True, kw_only=True)

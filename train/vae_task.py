@@ -48,6 +48,8 @@ class VAETask:
             config.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
         self.module = VAE(config.vae)
         freeze(self.module, config.freeze)
+        if config.speed.compile:
+            self.module.compile_parts()
         self.terms = measured_terms(config.loss)
         term = config.loss.perceptual
         self.perceptual = (

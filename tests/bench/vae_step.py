@@ -1,9 +1,10 @@
 """A training step of the VAE against diffusers' AutoencoderKLWan: equal weights, equal input.
 
-`python -m tests.bench.vae_step [--rounds N] [--bf16] [--base-dim C]` from the repository root. The
-size is that of Wan 2.1. A step is encode, decode, squared error + KL and the backward pass. Both
-sides take turns in this process on one thread; figures are CPU time, medians over rounds, and the
-distance between the two gradients as a share of their length.
+`python -m tests.bench.vae_step [--rounds N] [--bf16] [--compile] [--base-dim C]` from the
+repository root. The size is that of Wan 2.1. A step is encode, decode, squared error + KL and the
+backward pass. Both sides take turns in this process on one thread; figures are CPU time, medians
+over rounds, and the distance between the two gradients as a share of their length. --compile adds
+our side compiled.
 """
 
 import argparse
@@ -31,13 +32,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="both under autocast")
+    parser.add_argument("--compile", action="store_true", help="a third side: ours, compiled")
     parser.add_argument("--base-dim", type=int, default=96)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     theirs: Any = AutoencoderKLWan(base_dim=args.base_dim)
     theirs.decoder.conv_out.weight.data.mul_(0.1)  # the peer clamps: pixels must lie inside
-    ours = vae_from_diffusers(theirs)
+    ours, compiled = vae_from_diffusers(theirs), vae_from_diffusers(theirs)
+    compiled.compile_parts()
     for batch, *size in SHAPES:
         x = torch.rand(batch, 3, *size) * 2 - 1
         noise = torch.randn(batch, 16, *ours.config.latent_shape(*size))
@@ -45,6 +48,10 @@ def main() -> None:
             "Longtake": partial(step_ours, ours, x, noise),
             "diffusers": partial(step_theirs, theirs, x, noise),
         }
+        if args.compile:
+            sides["compiled"] = partial(step_ours, compiled, x, noise)
+            with autocast(args.bf16):
+                sides["compiled"]()  # compiles for this shape
         seconds = compare(sides, args.rounds, args.bf16)
         print(
             f"{batch}x{size[0]}x{size[1]}^2: "

@@ -138,6 +138,25 @@ def test_recomputed_blocks_give_equal_gradients(name: str) -> None:
         assert torch.equal(a.grad, b.grad), parameter
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_parts_are_one_graph_for_each_shape(recompute: bool) -> None:
+    config = replace(CONFIGS["residual 4x8x8"], checkpoint_blocks=recompute)
+    plain, compiled = make_vae(config), make_vae(config)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_parts(backend="aot_eager", fullgraph=True)
+    for x in (video(9, 16, 8, batch=2), video(5, 16, 16, batch=2)):
+        for vae in (plain, compiled):
+            vae.zero_grad()
+            posterior = vae.encode(x)
+            (vae.decode(posterior.mean).square().mean() + posterior.kl().mean()).backward()
+        for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
 @pytest.mark.parametrize("name", ["tiny 2x2x2", "residual 4x8x8"])
 def test_bf16_autocast_is_close_and_gradients_flow(name: str) -> None:
     vae = make_vae(CONFIGS[name])
