@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)  # tanh(u) = 2·sigmoid(2u) − 1
 GELU_CUBIC = 0.044715
 CHUNK = 1 << 17  # elements worked on at a time on a CPU: the pieces stay in the cache
+GROUP = 1 << 22  # elements of attention weights: the allocator uses such pieces again
 
 
 def spread(values: Tensor, rows: Tensor | None) -> Tensor:
@@ -44,36 +45,36 @@ class ModulatedNorm(Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float
     ) -> Tensor:
+        out, factor = torch.empty_like(x), 1 + scale
+        mean, rstd = torch.empty(2, *x.shape[:2], 1, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.float()
-            mean = wide.mean(-1, keepdim=True)
-            normed = wide - mean
-            length = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
-            rstd = (length.square() / x.shape[-1] + eps).rsqrt()
-            normed.mul_(rstd)
-            out = torch.addcmul(spread(shift, rows), normed, spread(1 + scale, rows))
+            for part in _tokens(x, x.shape[2]):
+                normed, mean[:, part], rstd[:, part] = torch.ops.aten.native_layer_norm(
+                    x[:, part].float(), x.shape[-1:], None, None, eps
+                )
+                own = _part(rows, part)
+                out[:, part] = torch.addcmul(spread(shift, own), normed, spread(factor, own))
         ctx.save_for_backward(x, mean, rstd, scale, rows)
-        return out.to(x.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, scale, rows = ctx.saved_tensors
-        grad, wide = grad.float(), x.float()
-        normed = (wide - mean).mul_(rstd)
-        d_shift = collect(grad, rows, scale)
-        d_scale = collect(normed.mul_(grad), rows, scale)
-        d_x = torch.ops.aten.native_layer_norm_backward(
-            grad * spread(1 + scale, rows),
-            wide,
-            wide.shape[-1:],
-            mean,
-            rstd,
-            None,
-            None,
-            [True, False, False],
-        )[0]
-        return d_x.to(x.dtype), d_shift, d_scale, None, None
+        d_x = torch.empty_like(x)
+        d_shift, d_scale = torch.zeros_like(scale), torch.zeros_like(scale)
+        factor = 1 + scale
+        for part in _tokens(x, x.shape[2]):
+            own, g, wide = _part(rows, part), grad[:, part].float(), x[:, part].float()
+            stats = mean[:, part], rstd[:, part]
+            normed = (wide - stats[0]).mul_(stats[1])
+            d_shift += collect(g, own, scale)
+            d_scale += collect(normed.mul_(g), own, scale)
+            d_x[:, part] = torch.ops.aten.native_layer_norm_backward(
+                g * spread(factor, own), wide, wide.shape[-1:], *stats, None, None,
+                [True, False, False],
+            )[0]  # fmt: skip
+        return d_x, d_shift, d_scale, None, None
 
 
 class GatedAdd(Function):
@@ -82,16 +83,23 @@ class GatedAdd(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, rows: Tensor | None) -> Tensor:
         ctx.save_for_backward(branch, gate, rows)
+        out = torch.empty_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.addcmul(x.float(), branch.float(), spread(gate, rows)).to(x.dtype)
+            for part in _tokens(x, x.shape[2]):
+                wide, gates = branch[:, part].float(), spread(gate, _part(rows, part))
+                out[:, part] = torch.addcmul(x[:, part].float(), wide, gates)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         branch, gate, rows = ctx.saved_tensors
-        wide = grad.float()
-        d_gate = collect(wide * branch.float(), rows, gate)
-        return grad, (wide * spread(gate, rows)).to(branch.dtype), d_gate, None
+        d_branch, d_gate = torch.empty_like(branch), torch.zeros_like(gate)
+        for part in _tokens(branch, branch.shape[2]):
+            own, wide = _part(rows, part), grad[:, part].float()
+            d_gate += collect(wide * branch[:, part], own, gate)
+            d_branch[:, part] = wide * spread(gate, own)
+        return grad, d_branch, d_gate, None
 
 
 class NormRotateHeads(Function):
@@ -106,17 +114,21 @@ class NormRotateHeads(Function):
         ctx: Any, x: Tensor, weight: Tensor, rope: Tensor | None, num_heads: int, eps: float
     ) -> tuple[Tensor, ...]:
         parts, dim = weight.shape
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x[..., : parts * dim].float().unflatten(-1, (parts, dim))  # (B, N, P, D)
-            length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            rms = (length.square() / dim + eps).rsqrt()
-            y = wide.mul(rms).mul_(weight).unflatten(-1, (num_heads, -1))  # (B, N, P, H, Dh)
-            y = _turn(y, rope).to(x.dtype)
         num_parts = x.shape[-1] // dim
         out = x.new_empty(num_parts, x.shape[0], num_heads, x.shape[1], dim // num_heads)
-        out[:parts].copy_(y.permute(2, 0, 3, 1, 4))
-        rest = x[..., parts * dim :].unflatten(-1, (num_parts - parts, num_heads, dim // num_heads))
-        out[parts:].copy_(rest.permute(2, 0, 3, 1, 4))
+        target = out.permute(1, 3, 0, 2, 4)  # (B, N, S, H, Dh)
+        rms = x.new_empty(x.shape[0], x.shape[1], parts, 1, dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            for part in _tokens(x, parts * dim):
+                wide = x[:, part, : parts * dim].to(torch.float32, copy=True)
+                wide = wide.unflatten(-1, (parts, dim))  # (B, N, P, D)
+                length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+                rms[:, part] = (length.square() / dim + eps).rsqrt()
+                y = wide.mul_(rms[:, part]).mul_(weight).unflatten(-1, (num_heads, -1))
+                target[:, part, :parts] = _turn_(y, None if rope is None else rope[part])
+        for index in range(parts, num_parts):
+            rest = x[..., index * dim : (index + 1) * dim]
+            target[:, :, index] = rest.unflatten(-1, (num_heads, -1))
         ctx.save_for_backward(x, rms, weight, rope)
         return tuple(out.unbind(0))
 
@@ -125,30 +137,44 @@ class NormRotateHeads(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, rms, weight, rope = ctx.saved_tensors
         parts, dim = weight.shape
-        batch, heads, length, head_dim = grads[0].shape
-        grad = torch.empty(batch, length, parts, heads, head_dim, device=x.device)
-        for part in range(parts):
-            grad[:, :, part].copy_(grads[part].transpose(1, 2))
-        grad = _turn(grad, None if rope is None else rope.conj()).flatten(-2)  # (B, N, P, D)
-        normed = x[..., : parts * dim].float().unflatten(-1, (parts, dim)).mul(rms)
-        d_weight = (grad * normed).sum((0, 1))
-        grad = grad.mul_(weight)
-        slope = (grad * normed).mean(-1, keepdim=True)
-        grad.addcmul_(normed, slope, value=-1).mul_(rms)
-        d_x = torch.empty_like(x)
-        d_x[..., : parts * dim].copy_(grad.flatten(-2))
+        heads, back = grads[0].shape[1], None if rope is None else rope.conj()
+        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
+        target = d_x.unflatten(-1, (len(grads), heads, -1))  # (B, N, S, H, Dh)
+        for part in _tokens(x, parts * dim):
+            grad = torch.empty(target[:, part, :parts].shape, device=x.device)
+            for index in range(parts):
+                grad[:, :, index] = grads[index][:, :, part].transpose(1, 2)
+            grad = _turn_(grad, None if back is None else back[part]).flatten(-2)  # (B, N, P, D)
+            normed = x[:, part, : parts * dim].to(torch.float32, copy=True)
+            normed = normed.unflatten(-1, (parts, dim)).mul_(rms[:, part])
+            d_weight += (grad * normed).sum((0, 1))
+            grad = grad.mul_(weight)
+            slope = (grad * normed).mean(-1, keepdim=True)
+            grad.addcmul_(normed, slope, value=-1).mul_(rms[:, part])
+            target[:, part, :parts] = grad.unflatten(-1, (heads, -1))
         for index, rest in enumerate(grads[parts:], start=parts):
-            target = d_x[..., index * dim : (index + 1) * dim].unflatten(-1, (heads, head_dim))
-            target.copy_(rest.transpose(1, 2))
+            target[:, :, index] = rest.transpose(1, 2)
         return d_x, d_weight, None, None, None
 
 
-def _turn(x: Tensor, rope: Tensor | None) -> Tensor:
-    """Multiply pairs of channels, read as complex numbers; x (B, N, P, H, Dh) fp32."""
-    if rope is None:
-        return x
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2)
+def _tokens(x: Tensor, width: int) -> list[slice]:
+    """Tokens of x (B, N, ...) that are worked on at a time, `width` elements each: on a CPU they
+    make about CHUNK elements. A compiler finds its own pieces."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    size = max(1, CHUNK // (x.shape[0] * width))
+    return [slice(first, first + size) for first in range(0, x.shape[1], size)]
+
+
+def _part(rows: Tensor | None, part: slice) -> Tensor | None:
+    return None if rows is None else rows[:, part]
+
+
+def _turn_(x: Tensor, rope: Tensor | None) -> Tensor:
+    """Multiply pairs of channels, read as complex numbers, in place; x (B, N, P, H, Dh) fp32."""
+    if rope is not None:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rope[:, None])
+    return x
 
 
 class ChannelNormSilu(Function):
@@ -205,17 +231,22 @@ def _unit(rows: Tensor, gain: float) -> tuple[Tensor, Tensor]:
 
 
 class ExplicitAttention(Function):
-    """softmax(scale·q·kᵀ + bias)·v written out; q (M, N, Dh), k and v (M, L, Dh), M = B·H."""
+    """softmax(scale·q·kᵀ + bias)·v written out; q (M, N, Dh), k and v (M, L, Dh), M = B·H.
+
+    A few heads at a time: products and gradients of logits use the same memory again.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         scale = 1 / math.sqrt(q.shape[-1])
+        out, weights = torch.empty_like(q), q.new_empty(*q.shape[:2], k.shape[1])
         with torch.autocast(q.device.type, enabled=False):
             start, beta = (q.new_zeros(()), 0) if bias is None else (bias.to(q.dtype), 1)
-            logits = torch.baddbmm(start, q, k.transpose(1, 2), beta=beta, alpha=scale)
-            # The bf16 softmax kernel is slower than converting to fp32 and back.
-            weights = logits.softmax(-1, dtype=torch.float32).to(q.dtype)
-            out = torch.bmm(weights, v)
+            for heads in _head_groups(weights):
+                keys = k[heads].transpose(1, 2)
+                logits = torch.baddbmm(start, q[heads], keys, beta=beta, alpha=scale)
+                torch.softmax(logits, -1, out=weights[heads])
+                torch.bmm(weights[heads], v[heads], out=out[heads])
         ctx.save_for_backward(q, k, v, weights)
         return out
 
@@ -224,13 +255,23 @@ class ExplicitAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         scale = 1 / math.sqrt(q.shape[-1])
-        d_v = torch.bmm(weights.transpose(1, 2), grad)
-        d_weights = torch.bmm(grad, v.transpose(1, 2))
-        d_logits = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, q.dtype)
-        zero = q.new_zeros(())
-        d_q = torch.baddbmm(zero, d_logits, k, beta=0, alpha=scale)
-        d_k = torch.baddbmm(zero, d_logits.transpose(1, 2), q, beta=0, alpha=scale)
-        return d_q, d_k, d_v, None
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for heads in _head_groups(weights):
+            probs, g = weights[heads], grad[heads]
+            torch.bmm(probs.transpose(1, 2), g, out=d_v[heads])
+            d_weights = torch.bmm(g, v[heads].transpose(1, 2))
+            d_logits = torch.ops.aten._softmax_backward_data(d_weights, probs, -1, q.dtype)
+            torch.bmm(d_logits, k[heads], out=d_q[heads])
+            torch.bmm(d_logits.transpose(1, 2), q[heads], out=d_k[heads])
+        return d_q.mul_(scale), d_k.mul_(scale), d_v, None
+
+
+def _head_groups(weights: Tensor) -> list[slice]:
+    """Heads whose weights (M, N, L) make about GROUP elements together, at least one."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    size = max(1, GROUP // weights[0].numel())
+    return [slice(first, first + size) for first in range(0, len(weights), size)]
 
 
 class GeluTanh(Function):
