@@ -45,15 +45,16 @@ class ModulatedNorm(Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float
     ) -> Tensor:
-        out, factor = torch.empty_like(x), 1 + scale
-        mean, rstd = torch.empty(2, *x.shape[:2], 1, device=x.device)
+        out, factor, stats = torch.empty_like(x), 1 + scale, []
         with torch.autocast(x.device.type, enabled=False):
             for part in _tokens(x, x.shape[2]):
-                normed, mean[:, part], rstd[:, part] = torch.ops.aten.native_layer_norm(
+                normed, *moments = torch.ops.aten.native_layer_norm(
                     x[:, part].float(), x.shape[-1:], None, None, eps
                 )
+                stats.append(moments)  # (B, n, 1) each
                 own = _part(rows, part)
                 out[:, part] = torch.addcmul(spread(shift, own), normed, spread(factor, own))
+        mean, rstd = (torch.cat(moments, 1) for moments in zip(*stats, strict=True))
         ctx.save_for_backward(x, mean, rstd, scale, rows)
         return out
 
@@ -116,20 +117,20 @@ class NormRotateHeads(Function):
         parts, dim = weight.shape
         num_parts = x.shape[-1] // dim
         out = x.new_empty(num_parts, x.shape[0], num_heads, x.shape[1], dim // num_heads)
-        target = out.permute(1, 3, 0, 2, 4)  # (B, N, S, H, Dh)
-        rms = x.new_empty(x.shape[0], x.shape[1], parts, 1, dtype=torch.float32)
+        rms = []
         with torch.autocast(x.device.type, enabled=False):
             for part in _tokens(x, parts * dim):
                 wide = x[:, part, : parts * dim].to(torch.float32, copy=True)
                 wide = wide.unflatten(-1, (parts, dim))  # (B, N, P, D)
                 length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-                rms[:, part] = (length.square() / dim + eps).rsqrt()
-                y = wide.mul_(rms[:, part]).mul_(weight).unflatten(-1, (num_heads, -1))
-                target[:, part, :parts] = _turn_(y, None if rope is None else rope[part])
+                rms.append((length.square() / dim + eps).rsqrt())
+                y = wide.mul_(rms[-1]).mul_(weight).unflatten(-1, (num_heads, -1))
+                y = _turn_(y, None if rope is None else rope[part])
+                out[:parts, :, :, part].copy_(y.permute(2, 0, 3, 1, 4))
         for index in range(parts, num_parts):
             rest = x[..., index * dim : (index + 1) * dim]
-            target[:, :, index] = rest.unflatten(-1, (num_heads, -1))
-        ctx.save_for_backward(x, rms, weight, rope)
+            out[index].copy_(rest.unflatten(-1, (num_heads, -1)).transpose(1, 2))
+        ctx.save_for_backward(x, torch.cat(rms, 1), weight, rope)
         return tuple(out.unbind(0))
 
     @staticmethod
