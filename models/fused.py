@@ -67,7 +67,8 @@ class ModulatedNorm(Function):
         factor = 1 + scale
         for part in _tokens(x, x.shape[2]):
             own, g, wide = _part(rows, part), grad[:, part].float(), x[:, part].float()
-            stats = mean[:, part], rstd[:, part]
+            # The kernel takes them for contiguous, whatever they are.
+            stats = mean[:, part].contiguous(), rstd[:, part].contiguous()
             normed = (wide - stats[0]).mul_(stats[1])
             d_shift += collect(g, own, scale)
             d_scale += collect(normed.mul_(g), own, scale)
@@ -247,7 +248,7 @@ class ExplicitAttention(Function):
                 keys = k[heads].transpose(1, 2)
                 logits = torch.baddbmm(start, q[heads], keys, beta=beta, alpha=scale)
                 torch.softmax(logits, -1, out=weights[heads])
-                torch.bmm(weights[heads], v[heads], out=out[heads])
+                out[heads] = torch.bmm(weights[heads], v[heads])  # kept by selective checkpointing
         ctx.save_for_backward(q, k, v, weights)
         return out
 

@@ -202,7 +202,13 @@ class VAE(nn.Module):
         self.init_weights()
 
     def compile_parts(self, **options: Any) -> None:
-        """torch.compile encoder and decoder, a graph for each shape; names of weights stay."""
+        """torch.compile encoder and decoder, a graph for each shape; names of weights stay.
+
+        torch computes plainly, with a warning, what is beyond its limit of graphs, which is raised
+        here: buckets, partial batches and passes without gradients have one each.
+        """
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 64)
         for part in (self.encoder, self.decoder):
             part.compile(dynamic=False, **options)
 

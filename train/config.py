@@ -258,7 +258,7 @@ def _check_exportable(config: DiTRun) -> None:
     check_exportable(config, remedy)
     patch = tuple(config.model.patch_size)
     require(
-        config.tasks.get("i2v", 0.0) == 0 or draws_from_image(config),
+        "i2v" not in config.trained_tasks or draws_from_image(config),
         f"model.patch_size={patch} must be {IMAGE_PATCH} for i2v with export.required=true: "
         f"{remedy}",
     )
@@ -267,7 +267,7 @@ def _check_exportable(config: DiTRun) -> None:
 def draws_from_image(config: DiTRun) -> bool:
     """Whether a stock WanImageToVideoPipeline can draw with the run: by channels, or as TI2V."""
     is_known = config.has_channels or tuple(config.model.patch_size) == IMAGE_PATCH
-    return config.tasks.get("i2v", 0.0) > 0 and is_known
+    return "i2v" in config.trained_tasks and is_known
 
 
 def check_exportable(config: DiTRun, remedy: str = "draw with `longtake sample` instead") -> None:

@@ -75,7 +75,7 @@ class EncodePlan:
         return [cut for cuts in self.shards.values() for cut in cuts]
 
     def segments_of(self, frames: int) -> tuple[SegmentSpec, ...]:
-        """The pieces that clips of so many frames have: an image has none."""
+        """The pieces that clips of so many frames have: an image has at most `shown:0`."""
         return tuple(segment for segment in self.segments if segment.fits(frames))
 
 

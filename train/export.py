@@ -87,7 +87,7 @@ def export_run(
 def export_adapters(
     path: Path, out: Path, *, weights: str = "ema", overwrite: bool = False
 ) -> Path:
-    """Write a LoRA run's adapters as `WanPipeline.load_lora_weights(OUT)` reads them.
+    """Write a LoRA run's adapters as `load_lora_weights(OUT)` of the stock pipelines reads them.
 
     Where one of our layers is several of theirs, each gets its rows of the adapter. ValueError for
     a run without adapters, one that has no stock pipeline, and an OUT that exists.
@@ -124,7 +124,7 @@ def exported_tasks(config: DiTRun) -> list[str]:
 
 def image_notes(config: DiTRun) -> tuple[str, ...]:
     """What the user loses, if anything."""
-    if config.tasks.get("i2v", 0.0) > 0 and not draws_from_image(config):
+    if "i2v" in config.trained_tasks and not draws_from_image(config):
         patch = tuple(config.model.patch_size)
         return (
             f"text to video only: drawing from an image needs model.patch_size={IMAGE_PATCH} in "

@@ -66,10 +66,14 @@ IMAGE = """From an image (it becomes the first frame):
 
 ```python
 from diffusers import WanImageToVideoPipeline
+from diffusers.utils import export_to_video, load_image
+
 pipe = WanImageToVideoPipeline.from_pretrained("PATH")
+image = load_image("first.png")
 video = pipe(image=image, prompt="…", height={height}, width={width}, num_frames={frames},
              num_inference_steps={steps}, guidance_scale={guidance:g},
              max_sequence_length={max_length}).frames[0]
+export_to_video(video, "sample.mp4", fps={fps:g})
 ```
 
 """

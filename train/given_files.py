@@ -70,6 +70,11 @@ def read_given(
         )
     if not wanted.runs:
         return None
+    if codec.has_channels and (level or wanted.runs[0].start):
+        raise ValueError(
+            f"given frames are channels of this model (model.in_channels="
+            f"{config.model.in_channels}): they are the beginning, without --given-noise"
+        )
     video = torch.zeros(3, *shape)
     for number, (run, source) in enumerate(zip(wanted.runs, sources, strict=True)):
         frames = codec.pixel_frames(GivenFrames((run,)))

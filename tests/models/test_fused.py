@@ -27,6 +27,7 @@ def same(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "CHUNK", 50)
+    monkeypatch.setattr(fused, "GROUP", 70)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -45,6 +46,7 @@ def test_channel_norm_silu(layout: torch.memory_format) -> None:
     same(fused.ChannelNormSilu.apply, plain, x, torch.randn(6))
 
 
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("explicit_max_keys", [0, 100])
 def test_attention(
@@ -67,12 +69,13 @@ def test_attention(
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("num_levels", [1, 2])
 def test_modulated_norm_and_gate(num_levels: int) -> None:
-    x, branch = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
-    shift, scale, gate = torch.randn(3, 2, num_levels, 6).unbind(0)
-    index = torch.randint(0, num_levels, (2, 4))
-    rows = index + num_levels * torch.arange(2)[:, None] if num_levels > 1 else None
+    x, branch = torch.randn(3, 7, 6), torch.randn(3, 7, 6)  # in pieces of two tokens
+    shift, scale, gate = torch.randn(3, 3, num_levels, 6).unbind(0)
+    index = torch.randint(0, num_levels, (3, 7))
+    rows = index + num_levels * torch.arange(3)[:, None] if num_levels > 1 else None
     per_token = index[..., None].expand(-1, -1, 6)
 
     def plain(x: Tensor, branch: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -84,6 +87,32 @@ def test_modulated_norm_and_gate(num_levels: int) -> None:
         return fused.GatedAdd.apply(normed, branch, gate, rows)
 
     same(found, plain, x, branch, shift, scale, gate)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_norm_rotate_heads(parts: int) -> None:
+    """Of three parts in a row the first are normed and turned, two tokens at a time."""
+    heads, head_dim, eps = 2, 4, 1e-6
+    angles = torch.randn(7, heads, head_dim // 2)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        each = x.unflatten(-1, (3, -1))  # (B, N, S, D)
+        normed = F.rms_norm(each[:, :, :parts], each.shape[-1:], eps=eps) * weight
+        pairs = normed.unflatten(-1, (heads, -1, 2))  # (B, N, P, H, Dh/2, 2)
+        cos, sin = (values[:, None] for values in (angles.cos(), angles.sin()))
+        a, b = pairs.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        rest = each[:, :, parts:].unflatten(-1, (heads, -1))
+        return torch.cat((turned, rest), 2).permute(2, 0, 3, 1, 4)  # (S, B, H, N, Dh)
+
+    def found(x: Tensor, weight: Tensor) -> Tensor:
+        rope = torch.polar(torch.ones_like(angles), angles)
+        return torch.stack(fused.NormRotateHeads.apply(x, weight, rope, heads, eps))
+
+    same(
+        found, plain, torch.randn(3, 7, 3 * heads * head_dim), torch.randn(parts, heads * head_dim)
+    )
 
 
 def test_bf16_stays_close_to_fp32() -> None:

@@ -38,7 +38,7 @@ def world_phases(out: Path) -> list[Phase]:
     clips, images, short = out / "world_clips", out / "world_images", out / "world_short"
     make = {
         split: ("world", f"{clips}/{split}", "--split", split, *WORLD, "--clips", count)
-        for split, count in (("train", "2200"), ("val", "220"))
+        for split, count in (("train", "6600"), ("val", "220"))
     }
     return [
         Phase("world, train", make["train"]),

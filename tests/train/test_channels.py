@@ -16,13 +16,14 @@ from longtake.data.loader import Batch, Clip, read_batches
 from longtake.data.plan.val_plan import ValPlan
 from longtake.models.sampler import SamplerConfig, sample
 from longtake.train.codec import load_codec
-from longtake.train.config import parse_config
+from longtake.train.config import check_exportable, parse_config
 from longtake.train.dit_task import DiTTask
 from longtake.train.encode import encode_shards
 from longtake.train.engine import Engine, single_process
 from longtake.train.evaluate import EvaluateOptions, evaluate_run
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips
 from longtake.train.export import export_run
+from longtake.train.runs import load_dit
 from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
 from longtake.train.setup import check
@@ -189,6 +190,9 @@ def test_a_run_trains_resumes_exactly_and_draws(
     for name, given in (("t2v", []), ("i2v", [str(still)])):
         request = SampleRequest(["a red circle"], task=name, given=given, frames=FRAMES, upscale=1)
         assert sample_to_files(whole, request, tmp_path / name, device="cpu")
+    for wrong in ({"given_noise": 0.2}, {"given": [f"{still}@2"]}):
+        with pytest.raises(ValueError, match="they are the beginning, without --given-noise"):
+            sample_to_files(whole, replace(request, **wrong), tmp_path / "no", device="cpu")
 
 
 def test_exported_as_the_stock_image_to_video_pipeline(
@@ -203,6 +207,8 @@ def test_exported_as_the_stock_image_to_video_pipeline(
     assert index["image_encoder"] == [None, None] and not index["expand_timesteps"]
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "image-to-video" in card and "import WanPipeline" not in card
+    later = "tasks={t2v: 1, i2v: 0}", "curriculum=[{step: 9, tasks: {i2v: 1}}]"
+    check_exportable(load_dit(write_dit_run(tmp_path / "later", latents, CHANNELS, *later)).config)
     text_only = write_dit_run(tmp_path / "text", latents, CHANNELS, "tasks={t2v: 1, i2v: 0}")
     with pytest.raises(ValueError, match=r"tasks\.i2v=0 must be > 0 with model\.in_channels=10"):
         export_run(text_only, tmp_path / "none")

@@ -92,6 +92,22 @@ def test_validation_says_how_good_and_what_the_latents_are_like(shards: Path) ->
         assert losses(folder, name).keys() == {1, 2}, name
 
 
+def test_encoder_and_decoder_are_compiled_where_the_config_says(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[VAE] = []
+
+    def compile_parts(vae: VAE) -> None:
+        calls.append(vae)
+
+    monkeypatch.setattr(VAE, "compile_parts", compile_parts)
+    for more in ((), ("speed.compile=true",)):
+        config = parse_config(tree(options(shards, shards / "plan", *more, task=TINY_VAE)))
+        assert isinstance(config, VAERun)
+        task = VAETask(config, single_process())
+    assert calls == [task.module]
+
+
 def test_latent_figures_add_up_over_batches() -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(8, 3, 2, 32, 32, generator=generator) * torch.tensor(
