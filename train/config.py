@@ -185,8 +185,13 @@ def _check_run(config: VAERun | DiTRun) -> None:
         require(degree == 1, f"engine.sequence_parallel={degree} must be 1: a VAE has no tokens")
         return
     model, text = config.model, config.text
-    if degree > 1:
-        _check_shared_tokens(config, degree)
+    heads = model.num_heads
+    require(
+        heads % degree == 0,
+        f"model.num_heads={heads} must be divisible by engine.sequence_parallel={degree}, whose "
+        "ranks attend with as many heads each: set it to one of "
+        f"{', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
+    )
     require(
         model.text_dim == text.d_model,
         f"model.text_dim={model.text_dim} must equal text.d_model={text.d_model}",
@@ -195,17 +200,6 @@ def _check_run(config: VAERun | DiTRun) -> None:
     _check_given(config)
     if config.export.required:
         _check_exportable(config)
-
-
-def _check_shared_tokens(config: DiTRun, degree: int) -> None:
-    """Whether that many ranks can compute a sample together."""
-    heads = config.model.num_heads
-    require(
-        heads % degree == 0,
-        f"model.num_heads={heads} must be divisible by engine.sequence_parallel={degree}, whose "
-        "ranks attend with as many heads each: set it to one of "
-        f"{', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}",
-    )
 
 
 def _check_channels(config: DiTRun) -> None:
