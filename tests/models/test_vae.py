@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from longtake.models import vae_conv
 from longtake.models.vae import VAE, Posterior, vae_hash
 from longtake.models.vae_blocks import AverageDown, DuplicateUp, pack_pixels, unpack_pixels
 from longtake.models.vae_config import VAEConfig
@@ -61,7 +62,10 @@ def test_conv_fast_paths_equal_the_plain_convolution(
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 4, 16, 18), (1, 20, 1, 17, 16), (3, 16, 16, 17)])
-def test_weight_gradient_by_products_equals_the_plain_one(shape: tuple[int, ...]) -> None:
+def test_weight_gradient_by_products_equals_the_plain_one(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae_conv, "HAS_WIDE_VECTORS", False)
     torch.manual_seed(0)
     dims = len(shape) - 2
     x = torch.randn(shape, requires_grad=True)
@@ -77,6 +81,9 @@ def test_weight_gradient_by_products_equals_the_plain_one(shape: tuple[int, ...]
     b = torch.autograd.grad(found, inputs, outward)
     for left, right in zip(a, b, strict=True):
         torch.testing.assert_close(right, left, atol=1e-3, rtol=1e-4)
+    monkeypatch.setattr(vae_conv, "HAS_WIDE_VECTORS", True)
+    found = convolve(*inputs)
+    assert found.grad_fn is not None and found.grad_fn.name() == "ConvolutionBackward0"
 
 
 @pytest.mark.parametrize("frames", [1, 5, 33])
