@@ -100,8 +100,11 @@ class GivenFrames:
     channels: tuple[range, ...] = ()
 
     @classmethod
-    def of(cls, runs: Sequence[range], is_causal: bool) -> Self:
-        """These runs; where latents depend on those before them, only the beginning in place."""
+    def of(cls, runs: Sequence[range], is_causal: bool, has_channels: bool = False) -> Self:
+        """These runs; where latents depend on those before them, only the beginning in place. With
+        `has_channels` all are channels."""
+        if has_channels:
+            return cls(channels=tuple(runs))
         first = len(runs)
         if is_causal:
             first = 1 if runs and runs[0].start == 0 else 0
@@ -124,14 +127,21 @@ class GivenFrames:
 
 
 def given_frames(
-    task: str, num_frames: int, *, patch: int = 1, is_causal: bool = False, draw: Draw = middle
+    task: str,
+    num_frames: int,
+    *,
+    patch: int = 1,
+    is_causal: bool = False,
+    has_channels: bool = False,
+    draw: Draw = middle,
 ) -> GivenFrames:
     """What a task gives of a clip of `num_frames` latent frames, `patch` of which share a token.
 
     `is_causal` says that latents depend on those before them, as a VAE's do: then only the
     beginning stays in place; of other runs a cache must hold every length, so they are cut to the
-    last 2^i units, and stills are given one by one. ValueError for a clip that is too short, or too
-    long for an image.
+    last 2^i units, and stills are given one by one. With `has_channels` a beginning is told as
+    channels, and cut to its first 2^i units for the same reason. ValueError for a clip that is too
+    short, or too long for an image.
     """
     if reason := unfit(task, num_frames, patch):
         raise ValueError(f"task {task}: {reason}")
@@ -141,15 +151,10 @@ def given_frames(
     if is_causal and TASKS[task].is_stills:
         runs = tuple(range(unit * patch, (unit + 1) * patch) for unit in units)
     if is_causal:
-        runs = tuple(run if run.start == 0 else _end(run, patch) for run in runs)
-    return GivenFrames.of(runs, is_causal)
-
-
-def as_channels(given: GivenFrames, patch: int = 1) -> GivenFrames:
-    """A beginning of a clip as channels; cut to its first 2^i units, for a cache holds every
-    length that is drawn."""
-    runs = tuple(run[: _stored_length(run, patch)] for run in given.in_place)
-    return GivenFrames(channels=runs)
+        runs = tuple(run if run.start == 0 else run[-_stored_length(run, patch) :] for run in runs)
+    if has_channels:
+        runs = tuple(run[: _stored_length(run, patch)] for run in runs)
+    return GivenFrames.of(runs, is_causal, has_channels)
 
 
 def unfit(task: str, num_frames: int, patch: int = 1) -> str:
@@ -165,13 +170,8 @@ def unfit(task: str, num_frames: int, patch: int = 1) -> str:
     return ""
 
 
-def _end(run: range, patch: int) -> range:
-    """The last 2^i units of a run, as many as it has."""
-    return run[-_stored_length(run, patch) :]
-
-
 def _stored_length(run: range, patch: int) -> int:
-    """That of 2^i units, as many as the run has."""
+    """Frames of 2^i units, as many as the run has."""
     return patch * 2 ** ((len(run) // patch).bit_length() - 1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longtake.data.latents import LatentManifest, read_manifest
-from longtake.models.conditioning import Draw, GivenFrames, as_channels, given_frames, middle
+from longtake.models.conditioning import Draw, GivenFrames, given_frames, middle
 from longtake.models.image_condition import image_condition
 from longtake.models.tokens import Segment
 from longtake.models.vae import VAE, vae_hash
@@ -58,15 +58,13 @@ class Codec:
 
     def given(self, task: str, num_latents: int, patch: int, draw: Draw = middle) -> GivenFrames:
         """What a task gives of a clip of so many latent frames, `patch` of them to a token."""
-        is_causal = self.vae is not None
-        given = given_frames(task, num_latents, patch=patch, is_causal=is_causal, draw=draw)
-        return as_channels(given, patch) if self.has_channels else given
-
-    def arrange(self, runs: Sequence[range]) -> GivenFrames:
-        """These runs of latent frames as the run's model is given them."""
-        if self.has_channels:
-            return GivenFrames(channels=tuple(runs))
-        return GivenFrames.of(runs, is_causal=self.vae is not None)
+        return given_frames(
+            *(task, num_latents),
+            patch=patch,
+            is_causal=self.vae is not None,
+            has_channels=self.has_channels,
+            draw=draw,
+        )
 
     def pixel_frames(self, given: GivenFrames) -> list[int]:
         """The pixel frames that are given, ascending; see `GivenFrames` for where they stand."""
@@ -110,12 +108,9 @@ class Codec:
 
     def no_channels(self, shape: tuple[int, int, int], count: int) -> Tensor | None:
         """The same for `count` videos of latents (T, H, W) of which nothing is given."""
-        if not self.has_channels:
-            return None
-        grey = torch.zeros(1, 3, *self.pixel_shape(shape), device=self.mean.device)
+        grey = self.mean.new_zeros(()).expand(1, 3, *self.pixel_shape(shape))
         channels = self.encode_channels(grey, [GivenFrames()])
-        assert channels is not None
-        return channels.expand(count, -1, -1, -1, -1)
+        return None if channels is None else channels.expand(count, -1, -1, -1, -1)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from longtake.data.randomness import generator, uniform
 from longtake.models.conditioning import (
     TASKS,
     GivenFrames,
-    as_channels,
     draw_task,
     given_frames,
     given_mask,
@@ -174,10 +173,10 @@ def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
                 *(task, count),
                 patch=patch,
                 is_causal=True,
+                has_channels=config.has_channels,
                 draw=lambda purpose, u=number / count: u,
             )
             if config.has_channels:
-                given = as_channels(given, patch)
                 kept = (GivenFrames(), given) if config.given.dropout else (given,)
                 names += [shown_name(one, manifest.strides[0]) for one in kept]
             names += [stored_name(task, run, manifest.strides[0]) for run in given.segments]

@@ -107,7 +107,7 @@ def _placed(
             )
         runs.append(run)
         free = run.stop
-    return codec.arrange(runs)
+    return GivenFrames.of(runs, codec.vae is not None, codec.has_channels)
 
 
 def check_task(config: DiTRun, task: str) -> None:

@@ -39,8 +39,10 @@ def main() -> None:
     torch.manual_seed(0)
     theirs: Any = AutoencoderKLWan(base_dim=args.base_dim)
     theirs.decoder.conv_out.weight.data.mul_(0.1)  # the peer clamps: pixels must lie inside
-    ours, compiled = vae_from_diffusers(theirs), vae_from_diffusers(theirs)
-    compiled.compile_parts()
+    ours, compiled = vae_from_diffusers(theirs), None
+    if args.compile:
+        compiled = vae_from_diffusers(theirs)
+        compiled.compile_parts()
     for batch, *size in SHAPES:
         x = torch.rand(batch, 3, *size) * 2 - 1
         noise = torch.randn(batch, 16, *ours.config.latent_shape(*size))
@@ -48,7 +50,7 @@ def main() -> None:
             "Longtake": partial(step_ours, ours, x, noise),
             "diffusers": partial(step_theirs, theirs, x, noise),
         }
-        if args.compile:
+        if compiled is not None:
             sides["compiled"] = partial(step_ours, compiled, x, noise)
             with autocast(args.bf16):
                 sides["compiled"]()  # compiles for this shape

@@ -10,7 +10,6 @@ from longtake.models.conditioning import (
     GIVES_NOTHING,
     TASKS,
     GivenFrames,
-    as_channels,
     check_tasks,
     draw_task,
     given_frames,
@@ -91,7 +90,9 @@ def test_behind_the_beginning_a_causal_codec_gives_segments() -> None:
 def test_as_channels_everything_is_generated() -> None:
     """Of beginnings there are few lengths as well."""
     starts = [
-        as_channels(given_frames("extend_forward", 20, is_causal=True, draw=lambda _, u=i / 20: u))
+        given_frames(
+            "extend_forward", 20, is_causal=True, has_channels=True, draw=lambda _, u=i / 20: u
+        )
         for i in range(20)
     ]
     assert {given.channels[0].start for given in starts} == {0}

@@ -1,7 +1,8 @@
 """World shards and finished runs of random weights, a second each: what tools start from."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from longtake.train.lora import add_adapters
 from longtake.train.run_folder import CHECKPOINTS, CONFIG, FINISHED, mark
 from longtake.train.schema import DiTRun, VAERun
 from longtake.train.text_to_video import TextToVideo
+from tests.train.tiny_runs import SHORT, losses, train_here
 
 FAMILIES = ("move", "leftright")
 FRAMES, SIDE = 5, 16
@@ -90,6 +92,36 @@ def write_dit_run(folder: Path, latents: Path, *overrides: str) -> Path:
         add_adapters(module, config.lora)
     shake(module)  # a fresh DiT predicts zero: every comparison would hold
     return save_run(folder, module, config)
+
+
+def four_steps(
+    data: Path, folder: Path, frames: int, tasks: Sequence[str], *more: str
+) -> list[str]:
+    """Overrides of a run of four steps on clips of so many frames, all `tasks` drawn alike."""
+    weights = {"i2v": 0} | dict.fromkeys(tasks, 1)
+    bucket = f"{{frames:{frames},height:{SIDE},width:{SIDE},batch_size:2}}"
+    return [
+        *("stage=dit", *DIT_SIZES, *SHORT, f"data.buckets=[{bucket}]", f"output_dir={folder}"),
+        *(f"data.train.0.path={data}", f"data.val.0.path={data}", "train.steps=4"),
+        *("engine.precision=fp32", "tracking=jsonl", "samples.steps=2", "train.checkpoint_every=2"),
+        *("validation.num_samples=2", "validation.num_videos=1", "validation.noise_levels=[0.5]"),
+        f"tasks={{{', '.join(f'{name}: {weight}' for name, weight in weights.items())}}}",
+        *more,
+    ]
+
+
+def train_and_resume(command: Callable[[Path], list[str]], folder: Path) -> Path:
+    """A run of four steps that validates and draws; it has gone on from step 2 as it did before."""
+    whole, again = folder / "whole", folder / "again"
+    watched = "train.val_every=4", "train.sample_every=4", "train.keep_last=0"
+    assert train_here([*command(whole), *watched]) == 0
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / CHECKPOINTS / "step-00000004")
+    assert train_here(command(again)) == 0
+    rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["attempt"] == 2 and "loss" in row] == [3, 4]
+    assert losses(again) == losses(whole)
+    return whole
 
 
 def save_run(folder: Path, module: torch.nn.Module, config: VAERun | DiTRun) -> Path:

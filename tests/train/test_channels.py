@@ -27,12 +27,12 @@ from longtake.train.runs import load_dit
 from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
 from longtake.train.setup import check
-from tests.train.tiny_runs import SHORT, losses, train_here, tree
+from tests.train.tiny_runs import losses, tree
 
 from .conftest import Road, small_text
-from .small_runs import DIT_SIZES, SIDE, shake, write_dit_run, write_world
+from .small_runs import SIDE, four_steps, shake, train_and_resume, write_dit_run, write_world
 
-FRAMES, LATENTS = 9, 5
+FRAMES = 9
 TASKS = "t2v", "i2v", "extend_forward"
 SHOWN = "shown:0", "shown:1", "shown:3"
 CHANNELS = "model.in_channels=10"  # 4 of the VAE twice, and its stride in time
@@ -52,15 +52,7 @@ def latents(road: Road, pixels: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def overrides(data: Path, folder: Path, *more: str) -> list[str]:
-    bucket = f"{{frames:{FRAMES},height:{SIDE},width:{SIDE},batch_size:2}}"
-    return [
-        *("stage=dit", *DIT_SIZES, *SHORT, f"data.buckets=[{bucket}]", f"output_dir={folder}"),
-        *(f"data.train.0.path={data}", f"data.val.0.path={data}", "train.steps=4"),
-        *("engine.precision=fp32", "tracking=jsonl", "samples.steps=2", "train.checkpoint_every=2"),
-        *("validation.num_samples=2", "validation.num_videos=1", "validation.noise_levels=[0.5]"),
-        f"tasks={{{', '.join(f'{name}: 1' for name in TASKS)}}}",
-        *(CHANNELS, *more),
-    ]
+    return four_steps(data, folder, FRAMES, TASKS, CHANNELS, *more)
 
 
 def parsed(data: Path, *more: str) -> DiTRun:
@@ -169,13 +161,8 @@ def test_a_run_trains_resumes_exactly_and_draws(
     more = {"vae": (), "identity": IDENTITY, "packs": ("data.pack=true", "data.cost.max_tokens=160",
             "data.cost.token=[2,4,4]")}[codec]  # fmt: skip
     data = pixels if codec == "identity" else latents
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    watched = "train.val_every=4", "train.sample_every=4", "train.keep_last=0", "given.dropout=0.2"
-    assert train_here(overrides(data, whole, *watched, *more)) == 0
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step-00000004")
-    assert train_here(overrides(data, again, *watched, *more)) == 0
-    assert losses(again) == losses(whole)
+    dropped = "given.dropout=0.2"
+    whole = train_and_resume(lambda run: overrides(data, run, dropped, *more), tmp_path)
     assert set(losses(whole, f"val/loss/t0.50/{FRAMES}x{SIDE}x{SIDE}/i2v")) == {0, 4}
     assert list((whole / "samples").rglob("i2v-00*"))
     options = EvaluateOptions(

@@ -1,6 +1,5 @@
 """Tasks through a VAE: frames behind the beginning are encoded alone and stand beside the clip."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +31,10 @@ from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
 from longtake.train.setup import check
 from tests.train.forked import import_before_fork, run_ranks
-from tests.train.tiny_runs import SHORT, losses, train_here, train_on_rank, tree
+from tests.train.tiny_runs import losses, train_here, train_on_rank, tree
 
 from .conftest import Road, small_text
-from .small_runs import DIT_SIZES, SIDE, shake, write_world
+from .small_runs import SIDE, four_steps, shake, train_and_resume, write_world
 
 FRAMES, LATENTS = 9, 5
 FRAME_TOKENS = 4 * 4  # of a latent frame of 8×8 in patches of (1, 2, 2)
@@ -58,15 +57,7 @@ def latents(road: Road, pixels: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def overrides(latents: Path, folder: Path, *more: str) -> list[str]:
-    bucket = f"{{frames:{FRAMES},height:{SIDE},width:{SIDE},batch_size:2}}"
-    return [
-        *("stage=dit", *DIT_SIZES, *SHORT, f"data.buckets=[{bucket}]", f"output_dir={folder}"),
-        *(f"data.train.0.path={latents}", f"data.val.0.path={latents}", "train.steps=4"),
-        *("engine.precision=fp32", "tracking=jsonl", "samples.steps=2", "train.checkpoint_every=2"),
-        *("validation.num_samples=2", "validation.num_videos=1", "validation.noise_levels=[0.5]"),
-        f"tasks={{{', '.join(f'{name}: 1' for name in ('t2v', *GIVING))}, i2v: 0}}",
-        *more,
-    ]
+    return four_steps(latents, folder, FRAMES, ("t2v", *GIVING), *more)
 
 
 @pytest.fixture(scope="module")
@@ -208,15 +199,7 @@ def test_noise_on_segments_is_drawn_once_and_is_not_that_of_the_video(task: DiTT
 def test_a_run_trains_resumes_exactly_and_draws(
     latents: Path, pixels: Path, tmp_path: Path
 ) -> None:
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    watched = "train.val_every=4", "train.sample_every=4", "train.keep_last=0"
-    assert train_here(overrides(latents, whole, *watched)) == 0
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step-00000004")
-    assert train_here(overrides(latents, again)) == 0
-    rows = [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["attempt"] == 2 and "loss" in row] == [3, 4]
-    assert losses(again) == losses(whole)
+    whole = train_and_resume(lambda run: overrides(latents, run), tmp_path)
     cell = f"val/loss/t0.50/{FRAMES}x{SIDE}x{SIDE}"
     for name in GIVING:
         assert set(losses(whole, f"{cell}/{name}")) == {0, 4}
