@@ -2,8 +2,8 @@
 
 A piece is named `last` (the last frame, as an image), `suffix:N` (the last N = 1 + st·k frames, as
 a clip of their own), `every:K` (frames 0, K, 2K, …, each as an image; K a multiple of st) or
-`shown:N` (the whole clip, grey behind its first N frames; N = 0 or 1 + st·k), with st the VAE's
-stride in time.
+`shown:N+M` (the whole clip, grey but for its first N and last M frames; 0 or 1 + st·k each; `shown:
+N` without an end), with st the VAE's stride in time.
 """
 
 import re
@@ -32,30 +32,34 @@ class Segment:
 @dataclass(frozen=True)
 class SegmentSpec:
     """A piece by its name: the last `length` frames, every `length`-th one as a still, or the clip
-    of which the first `length` are shown."""
+    of which the first `length` and the last `end` are shown."""
 
     name: str
     kind: str
     length: int
+    end: int = 0
 
     @classmethod
     def parse(cls, name: str) -> Self:
         """The piece of a name; ValueError for what names none."""
-        match = re.fullmatch(r"(last)|(suffix|every):([1-9]\d*)|(shown):(0|[1-9]\d*)", name)
+        shown = r"(shown):(0|[1-9]\d*)(?:\+([1-9]\d*))?"
+        match = re.fullmatch(rf"(last)|(suffix|every):([1-9]\d*)|{shown}", name)
         if match is None:
             raise ValueError(
                 f"segment {name!r} must be last, suffix:N (N frames), every:K (one frame in K) or "
-                "shown:N (the first N frames, then grey)"
+                "shown:N or shown:N+M (the first N and the last M frames, all others grey)"
             )
-        return cls(name, match[1] or match[2] or match[4], int(match[3] or match[5] or 1))
+        kind, length = match[1] or match[2] or match[4], match[3] or match[5] or 1
+        return cls(name, kind, int(length), int(match[6] or 0))
 
     def check(self, num_frames: int, stride: int) -> None:
         """ValueError unless clips of up to `num_frames`, `stride` of them a latent, have the
         piece."""
-        is_stills, is_empty = self.kind == "every", self.length == 0
-        if not is_empty and (self.length if is_stills else self.length - 1) % stride:
-            rule = f"a multiple of {stride}" if is_stills else f"1 + {stride}·k"
-            raise ValueError(f"segment {self.name}: {self.length} must be {rule}, for this VAE")
+        is_stills = self.kind == "every"
+        for length in filter(None, (self.length, self.end)):
+            if (length if is_stills else length - 1) % stride:
+                rule = f"a multiple of {stride}" if is_stills else f"1 + {stride}·k"
+                raise ValueError(f"segment {self.name}: {length} must be {rule}, for this VAE")
         if not self.fits(num_frames):
             raise ValueError(
                 f"segment {self.name}: clips of {num_frames} frames have no such part; it must be "
@@ -64,7 +68,7 @@ class SegmentSpec:
 
     def fits(self, num_frames: int) -> bool:
         """Whether clips of `num_frames` are long enough to have the piece."""
-        return self.length < num_frames
+        return self.length + self.end < num_frames
 
     def places(self, num_frames: int, stride: int) -> tuple[int, ...]:
         """The latent frames that the piece stands for: those that end with its frames."""
@@ -78,7 +82,8 @@ class SegmentSpec:
     def encode(self, encode: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
         """The latents (B, Z, P, H', W') of the piece of clips (B, C, T, H, W), encoded alone."""
         if self.kind == "shown":
-            is_shown = torch.arange(video.shape[2], device=video.device) < self.length
+            frame = torch.arange(video.shape[2], device=video.device)
+            is_shown = (frame < self.length) | (frame >= len(frame) - self.end)
             return encode(torch.where(is_shown[:, None, None], video, 0.0))
         if self.kind != "every":
             return encode(video[:, :, -self.length :])

@@ -34,6 +34,7 @@ class Task:
     is_image: bool = False  # makes clips of one frame only
     is_frame: bool = False  # gives exactly one latent frame, so the patch must be one frame long
     is_stills: bool = False  # gives frames that need no neighbours: images
+    is_scattered: bool = False  # gives more than the two ends of a clip
 
 
 def _between(least: int, most: int, u: float) -> int:
@@ -72,9 +73,9 @@ TASKS = {
     "extend_forward": Task(_front, lambda least: least + 1, is_prefix=True),
     "extend_backward": Task(_back, lambda least: least + 1),
     "first_last": Task(lambda count, least, draw: (0, count - 1), lambda least: 3, is_stills=True),
-    "in_between": Task(_every_kth, lambda least: 3, is_stills=True),
+    "in_between": Task(_every_kth, lambda least: 3, is_stills=True, is_scattered=True),
     "join": Task(_both_ends, lambda least: 2 * least + 1),
-    "random_frames": Task(_random, lambda least: 2, is_stills=True),
+    "random_frames": Task(_random, lambda least: 2, is_stills=True, is_scattered=True),
 }
 GIVES_NOTHING = frozenset(("t2v", "t2i"))
 
@@ -139,9 +140,9 @@ def given_frames(
 
     `is_causal` says that latents depend on those before them, as a VAE's do: then only the
     beginning stays in place; of other runs a cache must hold every length, so they are cut to the
-    last 2^i units, and stills are given one by one. With `has_channels` a beginning is told as
-    channels, and cut to its first 2^i units for the same reason. ValueError for a clip that is too
-    short, or too long for an image.
+    last 2^i units, and stills are given one by one. With `has_channels` all is told as channels,
+    and the beginning cut to its first 2^i units for the same reason. ValueError for a clip that is
+    too short, or too long for an image.
     """
     if reason := unfit(task, num_frames, patch):
         raise ValueError(f"task {task}: {reason}")
@@ -152,7 +153,7 @@ def given_frames(
         runs = tuple(range(unit * patch, (unit + 1) * patch) for unit in units)
     if is_causal:
         runs = tuple(run if run.start == 0 else run[-_stored_length(run, patch) :] for run in runs)
-    if has_channels:
+    if is_causal and has_channels:
         runs = tuple(run[: _stored_length(run, patch)] for run in runs)
     return GivenFrames.of(runs, is_causal, has_channels)
 

@@ -220,7 +220,8 @@ def _check_channels(config: DiTRun) -> None:
         why = f"with model.in_channels={taken}, for given frames as channels"
         for task in config.trained_tasks:
             require(
-                TASKS[task].is_prefix, f"tasks.{task} must be 0 {why}: they are a clip's beginning"
+                config.codec == "identity" or not TASKS[task].is_scattered,
+                f"tasks.{task} must be 0 {why}: latents hold a clip's beginning and its end",
             )
         require(config.given.noise == 0, f"given.noise={config.given.noise} must be 0 {why}")
 

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.data.catalogue import load_catalogue
+from longtake.data.config import BucketConfig
+from longtake.models.conditioning import unfit
 from longtake.models.interop import (
     dit_layer_names,
     dit_to_diffusers,
@@ -118,8 +120,9 @@ def check_free(out: Path, proof: str, overwrite: bool) -> None:
 
 def exported_tasks(config: DiTRun) -> list[str]:
     """What the stock pipeline draws: given frames as channels, it always has an image."""
-    from_text = [] if config.has_channels else ["t2v"]
-    return [*from_text, "i2v"] if draws_from_image(config) else from_text
+    if config.has_channels:
+        return ["i2v", "first_last"] if "first_last" in config.trained_tasks else ["i2v"]
+    return ["t2v", "i2v"] if draws_from_image(config) else ["t2v"]
 
 
 def image_notes(config: DiTRun) -> tuple[str, ...]:
@@ -181,23 +184,26 @@ def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
     """
     sampler = sampler_of(run.config, steps=min(VERIFY_STEPS, run.config.samples.steps))
     painter = Painter(run, codec, sampler)
-    bucket = run.config.data.buckets[0]
-    shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
-    noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
-    worst = {}
+    patch, worst = run.config.model.patch_size[0], {}
     for task in track(exported_tasks(run.config), description="verify"):
-        image = None
-        if task == "i2v":
-            seeded = torch.Generator().manual_seed(0)
-            first = torch.rand((3, 1, bucket.height, bucket.width), generator=seeded)
-            image = first.mul(255).round().div(255)  # survives the way through an image
-        given = None
-        if image is not None:
+        bucket = next(
+            bucket
+            for bucket in run.config.data.buckets
+            if not unfit(task, codec.latent_frames(bucket.frames), patch)
+        )
+        shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
+        wanted = codec.given(task, shape[1], patch)
+        frames, given = codec.pixel_frames(wanted), None
+        seeded = torch.Generator().manual_seed(0)
+        images = torch.rand((3, len(frames), bucket.height, bucket.width), generator=seeded)
+        images = images.mul(255).round().div(255)  # survive the way through an image
+        if frames:
             clip = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width)
-            clip[0, :, :1] = image * 2 - 1
-            given = GivenClips(clip, codec.given("i2v", shape[1], IMAGE_PATCH[0]))
+            clip[0, :, frames] = images * 2 - 1
+            given = GivenClips(clip, wanted)
         ours = painter.draw(VERIFY_PROMPTS, noise, given).add(1).div(2)
-        theirs = draw_with_diffusers(folder, run.config, sampler, noise, image)
+        theirs = draw_with_diffusers(folder, run.config, bucket, sampler, noise, images)
         worst[task] = (ours - theirs).abs().max().item()
         if not worst[task] <= TOLERANCE:
             raise ValueError(
@@ -208,12 +214,17 @@ def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
 
 
 def draw_with_diffusers(
-    folder: Path, config: DiTRun, sampler: SamplerConfig, noise: Tensor, image: Tensor | None
+    folder: Path,
+    config: DiTRun,
+    bucket: BucketConfig,
+    sampler: SamplerConfig,
+    noise: Tensor,
+    images: Tensor,
 ) -> Tensor:
-    """Pixels (B, 3, T, H, W) in [0, 1] drawn from the folder by diffusers alone."""
+    """Pixels (B, 3, T, H, W) in [0, 1] drawn from the folder by diffusers alone; `images` (3, N, H,
+    W) in [0, 1] are the first frame, and the last one, where they are given."""
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
-    bucket = config.data.buckets[0]
     options: dict[str, Any] = {
         "height": bucket.height,
         "width": bucket.width,
@@ -223,13 +234,13 @@ def draw_with_diffusers(
         "max_sequence_length": config.text.max_length,
         "output_type": "pt",
     }
-    kind = WanPipeline if image is None else WanImageToVideoPipeline
+    names = ("image", "last_image")[: images.shape[1]]
+    options |= {name: images[None, :, index] for index, name in enumerate(names)}
+    kind = WanImageToVideoPipeline if names else WanPipeline
     pipeline: Any = kind.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     videos = []
     for prompt, start in zip(VERIFY_PROMPTS, noise, strict=True):
-        if image is not None:
-            options["image"] = image[:, 0][None]
         drawn = pipeline(prompt=prompt, latents=start[None].clone(), **options).frames
         videos.append(drawn[0].transpose(0, 1))  # (T, 3, H, W) → (3, T, H, W)
     return torch.stack(videos)

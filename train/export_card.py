@@ -78,11 +78,16 @@ export_to_video(video, "sample.mp4", fps={fps:g})
 
 """
 
+FIRST_LAST = """With `last_image=load_image("last.png")` besides, the video ends with that frame.
+
+"""
+USES = {"t2v": TEXT, "i2v": IMAGE, "first_last": FIRST_LAST}
+
 
 def model_card(
     run: LoadedDiT, codec: Codec, data: list[dict[str, Any]], tasks: Sequence[str]
 ) -> str:
-    """README.md of the exported folder, Markdown; `tasks` are those that it draws, t2v and i2v."""
+    """README.md of the exported folder, Markdown; `tasks` are those of USES that it draws."""
     config, bucket = run.config, run.config.data.buckets[0]
     assert codec.vae is not None
     values = {
@@ -100,7 +105,7 @@ def model_card(
     return CARD.format(
         **values,
         tag="text-to-video" if "t2v" in tasks else "image-to-video",
-        uses="".join({"t2v": TEXT, "i2v": IMAGE}[task].format(**values) for task in tasks),
+        uses="".join(USES[task].format(**values) for task in tasks),
         dit_params=_count(run.dit),
         vae_params=_count(codec.vae),
         text_params=_count(run.text),

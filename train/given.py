@@ -98,7 +98,7 @@ class Conditions:
         `longtake encode` stored."""
         stride = self.codec.strides[0]
         stored = [
-            clip.segment(shown_name(one.frames, stride)).latents
+            clip.segment(shown_name(*shown_lengths(one.frames, stride))).latents
             for clip, one in zip(clips, drawn, strict=True)
         ]
         mask = self.codec.shown([one.frames for one in drawn], stored[0].shape[1])
@@ -158,16 +158,23 @@ def stored_name(task: str, run: range, stride: int) -> str:
     return f"every:{stride}" if TASKS[task].is_stills else f"suffix:{1 + (len(run) - 1) * stride}"
 
 
-def shown_name(given: GivenFrames, stride: int) -> str:
+def shown_lengths(given: GivenFrames, stride: int) -> tuple[int, int]:
+    """Pixel frames at the beginning and at the end that are given as channels."""
+    lengths = {run.start == 0: 1 + (len(run) - 1) * stride for run in given.channels}
+    return lengths.get(True, 0), lengths.get(False, 0)
+
+
+def shown_name(beginning: int, end: int) -> str:
     """The piece in which `longtake encode` stores what is given as channels."""
-    return f"shown:{1 + (len(given.runs[0]) - 1) * stride if given.runs else 0}"
+    return f"shown:{beginning}+{end}" if end else f"shown:{beginning}"
 
 
 def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
     """The pieces that the tasks of a run may take from latents, at any of their draws."""
-    patch, names = config.model.patch_size[0], []
+    patch, stride, names = config.model.patch_size[0], manifest.strides[0], []
     for bucket, task in product(config.data.buckets, config.trained_tasks):
         count = manifest.latent_shape((bucket.frames, bucket.height, bucket.width))[1]
+        shown = set()
         for number in range(0 if unfit(task, count, patch) else count):  # reach every length
             given = given_frames(
                 *(task, count),
@@ -176,10 +183,12 @@ def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
                 has_channels=config.has_channels,
                 draw=lambda purpose, u=number / count: u,
             )
-            if config.has_channels:
-                kept = (GivenFrames(), given) if config.given.dropout else (given,)
-                names += [shown_name(one, manifest.strides[0]) for one in kept]
-            names += [stored_name(task, run, manifest.strides[0]) for run in given.segments]
+            shown.add(shown_lengths(given, stride))
+            names += [stored_name(task, run, stride) for run in given.segments]
+        if shown and config.has_channels:  # the two ends are drawn, and dropped, each by itself
+            shown |= {(0, 0)} if config.given.dropout else set()
+            beginnings, ends = (sorted(set(lengths)) for lengths in zip(*shown, strict=True))
+            names += [shown_name(*lengths) for lengths in product(beginnings, ends)]
     return list(dict.fromkeys(names))
 
 

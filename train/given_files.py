@@ -70,10 +70,10 @@ def read_given(
         )
     if not wanted.runs:
         return None
-    if codec.has_channels and (level or wanted.runs[0].start):
+    if codec.has_channels and level:
         raise ValueError(
-            f"given frames are channels of this model (model.in_channels="
-            f"{config.model.in_channels}): they are the beginning, without --given-noise"
+            f"--given-noise {level} must be 0: given frames are channels of this model "
+            f"(model.in_channels={config.model.in_channels})"
         )
     video = torch.zeros(3, *shape)
     for number, (run, source) in enumerate(zip(wanted.runs, sources, strict=True)):

@@ -279,10 +279,17 @@ def test_segments_stand_for_the_latents_that_end_with_their_frames(
 
 
 @pytest.mark.parametrize(
-    ("length", "seen"), [(0, [0] * 5), (1, [1, 0, 0, 0, 0]), (5, [1, 5, 0, 0, 0])]
+    ("shown", "seen"),
+    [
+        ("0", [0] * 5),
+        ("1", [1, 0, 0, 0, 0]),
+        ("5", [1, 5, 0, 0, 0]),
+        ("1+1", [1, 0, 0, 0, 17]),
+        ("0+5", [0, 0, 0, 13, 17]),
+    ],
 )
-def test_a_clip_of_which_a_part_is_shown_is_grey_behind_it(length: int, seen: list[int]) -> None:
-    spec = SegmentSpec.parse(f"shown:{length}")
+def test_a_clip_of_which_the_ends_are_shown_is_grey_between(shown: str, seen: list[int]) -> None:
+    spec = SegmentSpec.parse(f"shown:{shown}")
     spec.check(17, 4)
     assert spec.places(17, 4) == (0, 1, 2, 3, 4)
     frames = torch.arange(1.0, 18.0).view(1, 1, 17, 1, 1).expand(2, 3, 17, 1, 1)
@@ -292,7 +299,10 @@ def test_a_clip_of_which_a_part_is_shown_is_grey_behind_it(length: int, seen: li
 
 @pytest.mark.parametrize(
     "name",
-    ["first", "suffix", "suffix:4", "every:6", "suffix:17", "every:0", "shown:4", "shown:17"],
+    [
+        *("first", "suffix", "suffix:4", "every:6", "suffix:17", "every:0"),
+        *("shown:4", "shown:17", "shown:1+0", "shown:1+4", "shown:9+9"),
+    ],
 )
 def test_segments_that_a_clip_cannot_have(name: str) -> None:
     with pytest.raises(ValueError, match="segment"):

@@ -33,8 +33,8 @@ from .conftest import Road, small_text
 from .small_runs import SIDE, four_steps, shake, train_and_resume, write_dit_run, write_world
 
 FRAMES = 9
-TASKS = "t2v", "i2v", "extend_forward"
-SHOWN = "shown:0", "shown:1", "shown:3"
+TASKS = "t2v", "i2v", "extend_forward", "extend_backward", "first_last", "join"
+SHOWN = "shown:0", "shown:1", "shown:1+1", "shown:3", "shown:0+3", "shown:3+3", "shown:0+1"
 CHANNELS = "model.in_channels=10"  # 4 of the VAE twice, and its stride in time
 IDENTITY = "codec=identity", "model.in_channels=7", "model.out_channels=3"
 
@@ -53,6 +53,10 @@ def latents(road: Road, pixels: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def overrides(data: Path, folder: Path, *more: str) -> list[str]:
     return four_steps(data, folder, FRAMES, TASKS, CHANNELS, *more)
+
+
+def only(name: str) -> str:
+    return f"tasks={{{', '.join(f'{task}: {int(task == name)}' for task in TASKS)}}}"
 
 
 def parsed(data: Path, *more: str) -> DiTRun:
@@ -83,7 +87,7 @@ def batch_of(task: DiTTask, path: Path | None = None) -> Batch:
     assert len(clips) == 8
 
     def seeded(number: int, clip: Clip) -> Clip:
-        return replace(clip, sample=replace(clip.sample, seed=number))
+        return replace(clip, sample=replace(clip.sample, seed=4 * number))  # they draw all tasks
 
     return replace(batches[0], clips=[seeded(*pair) for pair in enumerate(clips)])
 
@@ -98,6 +102,7 @@ def test_they_show_the_given_frames_alone(task: DiTTask, pixels: Path, name: str
     assert bool(frames[0].channels) == (name != "t2v")
     assert not frames[0].in_place and not frames[0].segments
     video, shown = shots.stack_video(), task.codec.pixel_frames(frames[0])
+    assert len(shown) < FRAMES
     made, stored = task.codec.encode_channels(video, frames), task.channels(batch, drawn)
     assert made is not None and stored is not None
     torch.testing.assert_close(stored, made, rtol=1e-2, atol=2e-2)  # bf16
@@ -107,8 +112,8 @@ def test_they_show_the_given_frames_alone(task: DiTTask, pixels: Path, name: str
     assert again is not None
     assert torch.equal(again, made)
     stride = task.codec.strides[0]
-    whole = made[:, :stride].amin((0, 1, 3, 4))  # (T,) latent frames that are given wholly
-    assert whole.sum() == (0 if name == "t2v" else len(frames[0].channels[0]))
+    flags = made[:, :stride, :, 0, 0].transpose(1, 2).flatten(1)[:, stride - 1 :]  # (B, F)
+    assert flags.nonzero().tolist() == [[row, frame] for row in range(8) for frame in shown]
 
 
 def test_all_frames_are_noisy_and_bear_loss(task: DiTTask) -> None:
@@ -174,26 +179,27 @@ def test_a_run_trains_resumes_exactly_and_draws(
     assert {measure.name for measure in scores.measures} >= {"loss", "psnr"}
     still = tmp_path / "still.png"
     still.write_bytes(encode_image(np.full((SIDE, SIDE, 3), 90, np.uint8)))
-    for name, given in (("t2v", []), ("i2v", [str(still)])):
+    for name, given in (("t2v", []), ("i2v", [str(still)]), ("first_last", [str(still)] * 2)):
         request = SampleRequest(["a red circle"], task=name, given=given, frames=FRAMES, upscale=1)
         assert sample_to_files(whole, request, tmp_path / name, device="cpu")
-    for wrong in ({"given_noise": 0.2}, {"given": [f"{still}@2"]}):
-        with pytest.raises(ValueError, match="they are the beginning, without --given-noise"):
-            sample_to_files(whole, replace(request, **wrong), tmp_path / "no", device="cpu")
+    with pytest.raises(ValueError, match=r"--given-noise 0\.2 must be 0: given frames"):
+        sample_to_files(whole, replace(request, given_noise=0.2), tmp_path / "no", device="cpu")
 
 
 def test_exported_as_the_stock_image_to_video_pipeline(
     road: Road, latents: Path, tmp_path: Path
 ) -> None:
-    run = write_dit_run(tmp_path / "dit", latents, CHANNELS, f"vae_run={road.vae}")
+    ends = "tasks.first_last=1", "data.buckets=[{frames: 9, height: 16, width: 16, batch_size: 2}]"
+    run = write_dit_run(tmp_path / "dit", latents, CHANNELS, f"vae_run={road.vae}", *ends)
     report = export_run(run, tmp_path / "pipeline")
-    assert set(report.worst) == {"i2v"}
-    assert 0 < report.worst["i2v"] < 1e-3
+    assert set(report.worst) == {"i2v", "first_last"}
+    assert all(0 < difference < 1e-3 for difference in report.worst.values())
     index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert index["_class_name"] == "WanImageToVideoPipeline"
     assert index["image_encoder"] == [None, None] and not index["expand_timesteps"]
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "image-to-video" in card and "import WanPipeline" not in card
+    assert "last_image=" in card
     later = "tasks={t2v: 1, i2v: 0}", "curriculum=[{step: 9, tasks: {i2v: 1}}]"
     check_exportable(load_dit(write_dit_run(tmp_path / "later", latents, CHANNELS, *later)).config)
     text_only = write_dit_run(tmp_path / "text", latents, CHANNELS, "tasks={t2v: 1, i2v: 0}")
@@ -206,7 +212,7 @@ def test_exported_as_the_stock_image_to_video_pipeline(
     [
         (["model.in_channels=8"], r"out_channels=4 must equal model\.in_channels=8, or leave room"),
         ([*IDENTITY, "model.in_channels=9"], r"in_channels=9 must be 3 .* or 7"),
-        (["tasks.first_last=1"], r"tasks\.first_last must be 0 with model\.in_channels=10"),
+        (["tasks.in_between=1"], r"tasks\.in_between must be 0 with model\.in_channels=10"),
         (["given.noise=0.1"], r"given\.noise=0\.1 must be 0 with model\.in_channels=10"),
     ],
 )
@@ -225,6 +231,8 @@ def test_latents_that_do_not_fit_are_refused_before_anything_starts(
     shutil.copytree(latents, bare)
     write_manifest(bare, replace(read_manifest(latents), segments=()))
     with pytest.raises(ValueError, match=r"lacks shown:1; run .*--segments shown:1"):
-        check(parsed(bare, "tasks={i2v: 1, t2v: 0, extend_forward: 0}"))
+        check(parsed(bare, only("i2v")))
     with pytest.raises(ValueError, match="lacks shown:0, shown:1;"):
-        check(parsed(bare, "tasks={i2v: 1, t2v: 0, extend_forward: 0}", "given.dropout=0.1"))
+        check(parsed(bare, only("i2v"), "given.dropout=0.1"))
+    with pytest.raises(ValueError, match=r"lacks shown:0, shown:0\+3, shown:3, shown:3\+3;"):
+        check(parsed(bare, only("join"), "given.dropout=0.1"))
