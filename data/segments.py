@@ -2,8 +2,8 @@
 
 A piece is named `last` (the last frame, as an image), `suffix:N` (the last N = 1 + st·k frames, as
 a clip of their own), `every:K` (frames 0, K, 2K, …, each as an image; K a multiple of st) or
-`shown:N+M` (the whole clip, grey but for its first N and last M frames; 0 or 1 + st·k each; `shown:
-N` without an end), with st the VAE's stride in time.
+`shown:N+M` (the whole clip, grey but for its first N and last M frames; 0 or 1 + st·k each;
+`shown:N` without an end), with st the VAE's stride in time.
 """
 
 import re
@@ -62,8 +62,8 @@ class SegmentSpec:
                 raise ValueError(f"segment {self.name}: {length} must be {rule}, for this VAE")
         if not self.fits(num_frames):
             raise ValueError(
-                f"segment {self.name}: clips of {num_frames} frames have no such part; it must be "
-                f"less than {num_frames}"
+                f"segment {self.name}: clips of {num_frames} frames have no such part; "
+                f"{self.length + self.end} frames must be less than {num_frames}"
             )
 
     def fits(self, num_frames: int) -> bool:

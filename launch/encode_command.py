@@ -34,7 +34,7 @@ def encode_arguments(parser: argparse.ArgumentParser) -> None:
         "--segments",
         type=names,
         default=(),
-        help="pieces encoded alone for tasks that give them: last, suffix:N, every:K, shown:N",
+        help="pieces encoded alone for tasks that give them: last, suffix:N, every:K, shown:N+M",
     )
     add("--logvar", action="store_true", help="keep the posterior's log variance too")
     add("--stats-from", type=Path, help="latents folder whose mean and std to take over")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,16 @@ def export_run(
         data = data_manifest(run.config)
         (scratch / "data_manifest.json").write_text(json.dumps(data, indent=1) + "\n")
         (scratch / CONFIG).write_text(json.dumps(to_tree(run.config), indent=1) + "\n")
-        card = model_card(run, codec, data, exported_tasks(run.config))
+        tasks = exported_tasks(run.config)
+        patch = run.config.model.patch_size[0]
+        bucket = next(  # there is one: tasks ask for no more than a least length
+            bucket
+            for bucket in run.config.data.buckets
+            if not any(unfit(task, codec.latent_frames(bucket.frames), patch) for task in tasks)
+        )
+        card = model_card(run, codec, data, tasks, bucket)
         (scratch / "README.md").write_text(card, encoding="utf-8")
-        worst = verify(scratch, run, codec)
+        worst = verify(scratch, run, codec, tasks, bucket)
     return ExportReport(out, worst, notes)
 
 
@@ -177,23 +185,20 @@ def scheduler_of(config: DiTRun) -> Any:
     return FlowMatchEulerDiscreteScheduler(shift=shift)
 
 
-def verify(folder: Path, run: LoadedDiT, codec: Codec) -> dict[str, float]:
+def verify(
+    folder: Path, run: LoadedDiT, codec: Codec, tasks: Sequence[str], bucket: BucketConfig
+) -> dict[str, float]:
     """Draw with diffusers from the written folder and with our sampler, from the same noise.
 
     Returns the largest difference of pixels in [0, 1] per task; ValueError above 1e-3.
     """
     sampler = sampler_of(run.config, steps=min(VERIFY_STEPS, run.config.samples.steps))
     painter = Painter(run, codec, sampler)
-    patch, worst = run.config.model.patch_size[0], {}
-    for task in track(exported_tasks(run.config), description="verify"):
-        bucket = next(
-            bucket
-            for bucket in run.config.data.buckets
-            if not unfit(task, codec.latent_frames(bucket.frames), patch)
-        )
-        shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
-        noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
-        wanted = codec.given(task, shape[1], patch)
+    shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+    noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
+    worst = {}
+    for task in track(tasks, description="verify"):
+        wanted = codec.given(task, shape[1], run.config.model.patch_size[0])
         frames, given = codec.pixel_frames(wanted), None
         seeded = torch.Generator().manual_seed(0)
         images = torch.rand((3, len(frames), bucket.height, bucket.width), generator=seeded)

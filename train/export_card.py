@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from longtake.data.config import BucketConfig
 from longtake.train.codec import Codec
 from longtake.train.runs import LoadedDiT
 
@@ -85,10 +86,15 @@ USES = {"t2v": TEXT, "i2v": IMAGE, "first_last": FIRST_LAST}
 
 
 def model_card(
-    run: LoadedDiT, codec: Codec, data: list[dict[str, Any]], tasks: Sequence[str]
+    run: LoadedDiT,
+    codec: Codec,
+    data: list[dict[str, Any]],
+    tasks: Sequence[str],
+    bucket: BucketConfig,
 ) -> str:
-    """README.md of the exported folder, Markdown; `tasks` are those of USES that it draws."""
-    config, bucket = run.config, run.config.data.buckets[0]
+    """README.md of the exported folder, Markdown; `tasks` are those of USES that it draws, `bucket`
+    is the size that the examples ask for."""
+    config = run.config
     assert codec.vae is not None
     values = {
         "name": run.place.folder.name,

@@ -47,10 +47,10 @@ class Conditions:
         """ValueError for a bucket that no task fits, and a task that fits no bucket."""
         self.config, self.codec = config, codec
         self.patch = config.model.patch_size
-        tasks = config.trained_tasks
         # Of all samples of a step alike, and asked for several times of each.
         self.weights_at = lru_cache(maxsize=2)(partial(task_weights, config.task_stages))
-        self.has_segments = codec.vae is not None and not all(TASKS[t].is_prefix for t in tasks)
+        beside = [task for task in config.trained_tasks if not TASKS[task].is_prefix]
+        self.has_segments = bool(beside) and codec.vae is not None and not codec.has_channels
         check_lengths(config, codec)
 
     def draw(self, sample: PlannedSample, step: int) -> Drawn:

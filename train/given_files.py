@@ -70,11 +70,16 @@ def read_given(
         )
     if not wanted.runs:
         return None
-    if codec.has_channels and level:
-        raise ValueError(
-            f"--given-noise {level} must be 0: given frames are channels of this model "
-            f"(model.in_channels={config.model.in_channels})"
-        )
+    if codec.has_channels:
+        why = f"given frames are channels with model.in_channels={config.model.in_channels}"
+        if level:
+            raise ValueError(f"--given-noise {level} must be 0: {why}")
+        between = [run.start for run in wanted.runs if run.start and run.stop < length]
+        if between and codec.vae is not None:
+            raise ValueError(
+                f"--given …@{between[0] * codec.strides[0]}: only the beginning and the end of "
+                f"{shape[0]} frames can be given, {why}"
+            )
     video = torch.zeros(3, *shape)
     for number, (run, source) in enumerate(zip(wanted.runs, sources, strict=True)):
         frames = codec.pixel_frames(GivenFrames((run,)))

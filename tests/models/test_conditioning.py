@@ -88,7 +88,7 @@ def test_behind_the_beginning_a_causal_codec_gives_segments() -> None:
 
 
 def test_as_channels_everything_is_generated() -> None:
-    """Of beginnings there are few lengths as well."""
+    """Of beginnings there are few lengths as well, where a cache must hold them."""
     starts = [
         given_frames(
             "extend_forward", 20, is_causal=True, has_channels=True, draw=lambda _, u=i / 20: u
@@ -100,6 +100,8 @@ def test_as_channels_everything_is_generated() -> None:
     assert {(given.in_place, given.segments) for given in starts} == {((), ())}
     assert not given_mask(starts[0], (20, 1, 1)).any()
     assert starts[0].keep(lambda _: False) == GivenFrames()
+    uncut = given_frames("extend_forward", 20, has_channels=True, draw=lambda _: 0.9)
+    assert uncut == GivenFrames(channels=(range(10),))
 
 
 def test_tokens_keep_the_order_of_the_grid() -> None:

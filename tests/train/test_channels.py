@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from longtake.data.config import BucketConfig
 from longtake.data.decode import encode_image
 from longtake.data.latents import read_manifest, write_manifest
 from longtake.data.loader import Batch, Clip, read_batches
@@ -23,6 +25,7 @@ from longtake.train.engine import Engine, single_process
 from longtake.train.evaluate import EvaluateOptions, evaluate_run
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips
 from longtake.train.export import export_run
+from longtake.train.given import needed_segments, shown_name
 from longtake.train.runs import load_dit
 from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
@@ -33,9 +36,14 @@ from .conftest import Road, small_text
 from .small_runs import SIDE, four_steps, shake, train_and_resume, write_dit_run, write_world
 
 FRAMES = 9
-TASKS = "t2v", "i2v", "extend_forward", "extend_backward", "first_last", "join"
 SHOWN = "shown:0", "shown:1", "shown:1+1", "shown:3", "shown:0+3", "shown:3+3", "shown:0+1"
 CHANNELS = "model.in_channels=10"  # 4 of the VAE twice, and its stride in time
+GIVEN = {  # pixel frames of nine, where draws are the middle
+    "t2v": [], "i2v": [0], "first_last": [0, 8], "extend_forward": [0, 1, 2],
+    "extend_backward": [6, 7, 8], "join": [0, 1, 2, 6, 7, 8],
+}  # fmt: skip
+OF_PIXELS = GIVEN | {"in_between": [0, 3, 6], "random_frames": [0, 1, 3, 6, 8]}
+TASKS = tuple(GIVEN)
 IDENTITY = "codec=identity", "model.in_channels=7", "model.out_channels=3"
 
 
@@ -56,7 +64,7 @@ def overrides(data: Path, folder: Path, *more: str) -> list[str]:
 
 
 def only(name: str) -> str:
-    return f"tasks={{{', '.join(f'{task}: {int(task == name)}' for task in TASKS)}}}"
+    return f"tasks={{{', '.join(f'{task}: {int(task == name)}' for task in OF_PIXELS)}}}"
 
 
 def parsed(data: Path, *more: str) -> DiTRun:
@@ -92,17 +100,21 @@ def batch_of(task: DiTTask, path: Path | None = None) -> Batch:
     return replace(batches[0], clips=[seeded(*pair) for pair in enumerate(clips)])
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_they_show_the_given_frames_alone(task: DiTTask, pixels: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [("vae", name) for name in GIVEN] + [("identity", name) for name in OF_PIXELS],
+)
+def test_they_show_the_given_frames_alone(
+    codec: str, latents: Path, pixels: Path, name: str
+) -> None:
     """What is stored is what the codec makes of pixels, and of no others than those given."""
+    task = task_of(latents) if codec == "vae" else task_of(pixels, *IDENTITY, only(name))
     batch, shots = batch_of(task), batch_of(task, pixels)
     assert [c.sample.key for c in batch.clips] == [c.sample.key for c in shots.clips]
     drawn = [task.conditions.fixed(name, task.conditions.latent_shape(batch.samples[0])[0])] * 8
     frames = [one.frames for one in drawn]
-    assert bool(frames[0].channels) == (name != "t2v")
     assert not frames[0].in_place and not frames[0].segments
-    video, shown = shots.stack_video(), task.codec.pixel_frames(frames[0])
-    assert len(shown) < FRAMES
+    video, shown = shots.stack_video(), OF_PIXELS[name]
     made, stored = task.codec.encode_channels(video, frames), task.channels(batch, drawn)
     assert made is not None and stored is not None
     torch.testing.assert_close(stored, made, rtol=1e-2, atol=2e-2)  # bf16
@@ -119,6 +131,7 @@ def test_they_show_the_given_frames_alone(task: DiTTask, pixels: Path, name: str
 def test_all_frames_are_noisy_and_bear_loss(task: DiTTask) -> None:
     """The loss of a sample is its own, whatever the others are given, and sees the channels."""
     engine = Engine(task.module, task.config.optim, task.config.engine, single_process())
+    assert not task.in_packs
     batch = batch_of(task)
     drawn = [task.conditions.draw(sample, 0) for sample in batch.samples]
     assert {one.task for one in drawn} == set(TASKS)
@@ -184,12 +197,19 @@ def test_a_run_trains_resumes_exactly_and_draws(
         assert sample_to_files(whole, request, tmp_path / name, device="cpu")
     with pytest.raises(ValueError, match=r"--given-noise 0\.2 must be 0: given frames"):
         sample_to_files(whole, replace(request, given_noise=0.2), tmp_path / "no", device="cpu")
+    placed = replace(request, given=[f"{still}@0", f"{still}@4"])
+    if codec == "identity":
+        assert sample_to_files(whole, placed, tmp_path / "placed", device="cpu")
+    else:
+        with pytest.raises(ValueError, match="--given …@4: only the beginning and the end of 9"):
+            sample_to_files(whole, placed, tmp_path / "no", device="cpu")
 
 
 def test_exported_as_the_stock_image_to_video_pipeline(
     road: Road, latents: Path, tmp_path: Path
 ) -> None:
-    ends = "tasks.first_last=1", "data.buckets=[{frames: 9, height: 16, width: 16, batch_size: 2}]"
+    buckets = ", ".join(f"{{frames: {n}, height: 16, width: 16, batch_size: 2}}" for n in (1, 9))
+    ends = "tasks.first_last=1", f"data.buckets=[{buckets}]"
     run = write_dit_run(tmp_path / "dit", latents, CHANNELS, f"vae_run={road.vae}", *ends)
     report = export_run(run, tmp_path / "pipeline")
     assert set(report.worst) == {"i2v", "first_last"}
@@ -199,7 +219,7 @@ def test_exported_as_the_stock_image_to_video_pipeline(
     assert index["image_encoder"] == [None, None] and not index["expand_timesteps"]
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert "image-to-video" in card and "import WanPipeline" not in card
-    assert "last_image=" in card
+    assert "last_image=" in card and "num_frames=9" in card
     later = "tasks={t2v: 1, i2v: 0}", "curriculum=[{step: 9, tasks: {i2v: 1}}]"
     check_exportable(load_dit(write_dit_run(tmp_path / "later", latents, CHANNELS, *later)).config)
     text_only = write_dit_run(tmp_path / "text", latents, CHANNELS, "tasks={t2v: 1, i2v: 0}")
@@ -236,3 +256,13 @@ def test_latents_that_do_not_fit_are_refused_before_anything_starts(
         check(parsed(bare, only("i2v"), "given.dropout=0.1"))
     with pytest.raises(ValueError, match=r"lacks shown:0, shown:0\+3, shown:3, shown:3\+3;"):
         check(parsed(bare, only("join"), "given.dropout=0.1"))
+
+
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_ends_are_drawn_and_dropped_each_by_itself(latents: Path, dropout: float) -> None:
+    manifest = replace(read_manifest(latents), strides=(4, 8, 8))
+    config = parsed(latents, only("join"), f"given.dropout={dropout}")
+    buckets = [BucketConfig(frames, 64, 64, 1) for frames in (1, 81)]
+    wanted = needed_segments(replace(config, data=replace(config.data, buckets=buckets)), manifest)
+    ends = (5, 13, 29, 0) if dropout else (5, 13, 29)
+    assert set(wanted) == {shown_name(*lengths) for lengths in product(ends, ends)}
