@@ -295,6 +295,10 @@ class VAERun(RunConfig):
     loss: VAELossConfig
     discriminator: AdversaryConfig
     speed: VAESpeedConfig = VAESpeedConfig()
+    cuts: float = 0.0  # share of training clips that become another picture at a drawn frame
+
+    def __post_init__(self) -> None:
+        require(0 <= self.cuts <= 1, f"cuts={self.cuts} must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

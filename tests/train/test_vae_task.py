@@ -1,10 +1,12 @@
 """What a VAE run starts from, what stays frozen, and what its validation says of its latents."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from longtake.data.plan.planned import PlannedSample
 from longtake.models.interop import vae_to_diffusers
 from longtake.models.vae import VAE
 from longtake.train import checkpoint
@@ -15,7 +17,7 @@ from longtake.train.optim import freeze
 from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Means
-from longtake.train.vae_task import VAETask
+from longtake.train.vae_task import VAETask, cut_
 from tests.train.metric_weights import save_perceptual
 from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, tree
 
@@ -90,6 +92,47 @@ def test_validation_says_how_good_and_what_the_latents_are_like(shards: Path) ->
         assert losses(folder, f"val/latent_{name}").keys() == {0, 2}, name
     for name in ("detail", "flicker", "perceptual", "kl"):
         assert losses(folder, name).keys() == {1, 2}, name
+
+
+def test_clips_are_cut_to_another_picture_by_their_own_draws() -> None:
+    video = torch.rand(64, 3, 5, 4, 6) - 0.5
+    plan = PlannedSample(
+        *(0, 0, 0, "a", 0, (5, 4, 6), (0.0, 0.1, 0.2, 0.3, 0.4), 10.0),
+        *((0.5, 0.5), False, "short", 0, 0, (0, 0)),
+    )
+    samples = [replace(plan, seed=seed) for seed in range(64)]
+    all_cut, half_cut, none_cut = video.clone(), video.clone(), video.clone()
+    cut_(all_cut, samples, 1.0)
+    cut_(half_cut, samples, 0.5)
+    cut_(none_cut, samples, 0.0)
+    assert torch.equal(none_cut, video)
+    kept = (all_cut == video).flatten(3).all(3).all(1)  # (B, T)
+    firsts = kept.sum(1)
+    assert set(firsts.tolist()) == {1, 2, 3, 4}
+    light = []
+    for clip, cut, first in zip(video, all_cut, firsts.tolist(), strict=True):
+        assert torch.equal(cut[:, :first], clip[:, :first])
+        shares = (cut[:, first:] + 1) / (clip[:, first:].flip(0, 2, 3) + 1)
+        light.append(shares.mean().item())
+        torch.testing.assert_close(shares, torch.full_like(shares, light[-1]), rtol=1e-5, atol=0)
+    assert 0.5 <= min(light) < 0.6 and 0.9 < max(light) <= 1
+    is_cut = (half_cut != video).flatten(1).any(1)
+    assert 16 < is_cut.sum() < 48
+    assert torch.equal(half_cut[is_cut], all_cut[is_cut])  # whatever the others and the share
+    still = video[:, :, :1].clone()
+    cut_(still, samples, 1.0)
+    assert torch.equal(still, video[:, :, :1])
+
+
+def test_training_sees_the_cuts_and_validation_none(shards: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "plain", tmp_path / "cut"
+    for folder, more in zip(runs, ("cuts=0", "cuts=1"), strict=True):
+        watched = "train.steps=1", "train.val_every=1", more
+        assert train_here(options(shards, folder, *watched, task=TINY_VAE)) == 0
+    assert losses(runs[0])[1] != losses(runs[1])[1]
+    assert losses(runs[0], "val/psnr")[0] == losses(runs[1], "val/psnr")[0]
+    with pytest.raises(ValueError, match=r"cuts=1\.5 must lie in \[0, 1\]"):
+        config_of(shards, "cuts=1.5")
 
 
 def test_encoder_and_decoder_are_compiled_where_the_config_says(
