@@ -21,7 +21,7 @@ LONGER = (
     *("samples.guidance_scale=2.0", "train.val_every=1000", "train.checkpoint_every=1000"),
     "timesteps.shift=20",  # which word belongs to which is learned where nearly all is noise,
 )
-SHAPES = "curriculum=[{step: 500, shift: 20}, {step: 1500, shift: 5}]"  # and shape in less
+SHAPES = "curriculum=[{step: 1500, shift: 20}, {step: 2500, shift: 5}]"  # and shape in less
 
 
 def write_shards(out: Path, families: Sequence[str], num_clips: int, num_val: int) -> None:
