@@ -43,7 +43,8 @@ def phases(out: Path) -> list[Phase]:
     def vae_part(title: str, experiment: str, folder: Path, frames: int, *more: str) -> Phase:
         size = {1: 8, 5: 4, 17: 2}[frames]
         bucket = f"{{frames: {frames}, height: 32, width: 32, batch_size: {size}}}"
-        options = f"data.buckets=[{bucket}]", "vae.patch_size=1", *paths(clips), *more
+        # None of its families changes at once.
+        options = f"data.buckets=[{bucket}]", "vae.patch_size=1", "cuts=0", *paths(clips), *more
         return train(f"VAE, {title}", experiment, folder, *options)
 
     make = ("--families", ",".join(FAMILIES), *SHAPE)
