@@ -298,6 +298,7 @@ class VAERun(RunConfig):
     cuts: float = 0.0  # share of training clips that become another picture at a drawn frame
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.cuts <= 1, f"cuts={self.cuts} must lie in [0, 1]")
 
 

@@ -93,7 +93,8 @@ class VAETask:
         """Terms of optimizer step `batch.step`; the critic's lesson comes with it."""
         samples = batch.samples
         video = batch.stack_video()  # (B, 3, T, H, W)
-        cut_(video, samples, self.config.cuts)
+        if self.config.cuts:
+            cut_(video, samples, self.config.cuts)
         video = to_device(video, self.device)
         noise = normal_draws(samples, self._latent_shape(video), "posterior")
         pixels, posterior = engine(video, to_device(noise, self.device))

@@ -131,8 +131,19 @@ def test_training_sees_the_cuts_and_validation_none(shards: Path, tmp_path: Path
         assert train_here(options(shards, folder, *watched, task=TINY_VAE)) == 0
     assert losses(runs[0])[1] != losses(runs[1])[1]
     assert losses(runs[0], "val/psnr")[0] == losses(runs[1], "val/psnr")[0]
-    with pytest.raises(ValueError, match=r"cuts=1\.5 must lie in \[0, 1\]"):
-        config_of(shards, "cuts=1.5")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rule"),
+    [
+        ("cuts=1.5", r"cuts=1\.5 must lie in \[0, 1\]"),
+        ("resume=sometimes", "resume=sometimes must be"),
+        ("seed=-1", "seed=-1 must lie in"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(shards: Path, wrong: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        config_of(shards, wrong)
 
 
 def test_encoder_and_decoder_are_compiled_where_the_config_says(
