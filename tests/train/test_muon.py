@@ -33,6 +33,14 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     assert (inside - inside.diag().diag()).abs().max() < 1e-4
 
 
+def test_kernels_turn_on_their_square_as_by_rounds_on_themselves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(32, 864, generator=generator).double(), False)
+    kernel = left * torch.logspace(0, -7, 32) @ right  # of hardly any rank
+    whole = orthogonal(kernel)  # double takes the rounds on the whole
+    assert torch.allclose(orthogonal(kernel.float()).double(), whole, atol=2e-4)
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
