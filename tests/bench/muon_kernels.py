@@ -7,9 +7,9 @@ rounds, the ratio, and the largest difference of a value.
 """
 
 import argparse
-import dataclasses
 import math
 import time
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -35,8 +35,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = compose(["experiment=proof_vae"]).vae
-    vae = VAE(dataclasses.replace(config, base_dim=args.base_dim))
+    run: Any = compose(["experiment=proof_vae", f"vae.base_dim={args.base_dim}"])
+    vae = VAE(run.vae)
     kernels = [p.detach().flatten(1) for p in vae.parameters() if p.ndim > 1]
     sides = {"squares": muon.WIDE, "whole": math.inf}
     for wide in sides.values():
