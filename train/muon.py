@@ -20,7 +20,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned for 
 ITERATIONS = 5
 MOMENTUM = 0.95
 RMS = 0.2  # of a step of learning rate 1, about AdamW's
-WIDE = 4  # times as wide as high: from there on, rounds on the square alone cost half
+WIDE = 4  # times its height: a matrix wider than that costs less in rounds on its square
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -38,10 +38,10 @@ def main() -> None:
     run: Any = compose(["experiment=proof_vae", f"vae.base_dim={args.base_dim}"])
     vae = VAE(run.vae)
     kernels = [p.detach().flatten(1) for p in vae.parameters() if p.ndim > 1]
-    sides = {"squares": muon.WIDE, "whole": math.inf}
-    for wide in sides.values():
+    sides = muon.WIDE, math.inf  # on squares, on the whole
+    for wide in sides:
         measure(kernels, wide)
-    found = [[measure(kernels, wide) for wide in sides.values()] for _ in range(args.rounds)]
+    found = [[measure(kernels, wide) for wide in sides] for _ in range(args.rounds)]
     squares, whole = (min(pair[side][0] for pair in found) for side in range(2))
     pairs = zip(*(turned for _, turned in found[0]), strict=True)
     distance = max((a - b).abs().max().item() for a, b in pairs)
