@@ -12,6 +12,7 @@ DARK = 85  # of 255, in the brightest channel: no ground, but an occluder, a wal
 GAIN = (0.8, 1.25)  # of contrast between two frames in other light
 LIGHT = 0.12  # by which the mean may differ: flicker is no other place
 OTHER = 0.3  # of the texture's variance that light does not explain: another place
+MIXED = 0.1  # of the texture's variance that a mix of two frames may leave unexplained
 MOVED = 0.03  # of it by which groups of frames may differ
 NOISE = 8**2 / 3  # variance of a grey pixel, levels²: what noise of σ = 8 in each channel adds
 SURE = 4.0  # standard deviations that chance must not reach
@@ -102,9 +103,29 @@ class Ground:
 
     @cached_property
     def cuts(self) -> list[int]:
-        """First frames of new shots."""
+        """First frames of new shots; a frame that mixes its neighbours is of the one it shows more.
+
+        Codecs that code frames in groups leave such a frame beside a cut.
+        """
         times = np.arange(len(self._frames))
-        return (np.nonzero(self.changes(times[:-1], times[1:]))[0] + 1).tolist()
+        changed = self.changes(times[:-1], times[1:])
+        for at in np.nonzero(changed[:-1] & changed[1:])[0] + 1:
+            before, after = self._shares(at)
+            if before > 0 and after > 0:
+                changed[at if after > before else at - 1] = False
+        return (np.nonzero(changed)[0] + 1).tolist()
+
+    def _shares(self, at: int) -> np.ndarray:
+        """Shares (2,) of the frames before and after a frame in what it shows, 0 if they do not
+        make it up."""
+        near = slice(at - 1, at + 2)
+        weight = np.broadcast_to(self.number[near].min(0), self.number[near].shape)
+        _, (before, here, after), (_, variance, _) = _spread(self.grey[near], weight)
+        root = np.sqrt(weight[0])
+        pair = np.stack([before, after], 1) * root[:, None]
+        shares = np.linalg.lstsq(pair, here * root, rcond=None)[0]
+        rest = ((here * root - pair @ shares) ** 2).sum()
+        return shares * (rest < MIXED * variance * weight[0].sum())
 
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:

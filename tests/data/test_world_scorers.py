@@ -126,6 +126,19 @@ def test_flicker_of_the_light_is_no_cut() -> None:
         assert min(score_clip(lit, clip.truth).values()) == 1, clip.key
 
 
+@pytest.mark.parametrize(("last", "share"), [(True, 0.3), (True, 0.7), (False, 0.3), (False, 0.7)])
+def test_a_frame_of_two_shots_is_no_shot(last: bool, share: float) -> None:
+    for index in range(16):
+        clip = make_clip(5, "val", index, families=["shots"])
+        frames = clip.frames.astype(np.float32)
+        for shot in clip.scene.shots[1:]:
+            at = shot.start - last
+            frames[at] = (1 - share) * frames[shot.start - 1] + share * frames[shot.start]
+        mixed = frames.round().astype(np.uint8)
+        assert len(Detection(mixed).ground.cuts) == len(clip.scene.shots) - 1, clip.key
+        assert score_clip(mixed, clip.truth)["cuts"] == 1, clip.key
+
+
 def test_a_wobble_of_the_picture_is_no_effect() -> None:
     for index in range(16):
         clip = make_clip(5, "val", index, families=["collide", "billiard"])
