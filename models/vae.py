@@ -205,7 +205,7 @@ class VAE(nn.Module):
         """torch.compile encoder and decoder, a graph for each shape; names of weights stay.
 
         torch computes plainly, with a warning, what is beyond its limit of graphs, which is raised
-        here: buckets, partial batches and passes without gradients have one each.
+        here: every bucket has one.
         """
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 64)

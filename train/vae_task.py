@@ -217,5 +217,8 @@ class VAETask:
     def _reconstruct(self, engine: Engine, video: Tensor) -> tuple[Tensor, Posterior]:
         """Clamped pixels and posterior, without posterior noise."""
         silence = torch.zeros((len(video), *self._latent_shape(video)), device=self.device)
-        pixels, posterior = engine(video, silence)
+        # Passes without gradients would have graphs of their own, which take longer to compile
+        # than a validation saves by them.
+        with torch.compiler.set_stance("force_eager"):
+            pixels, posterior = engine(video, silence)
         return pixels.float().clamp(-1, 1), posterior

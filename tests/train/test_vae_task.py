@@ -1,5 +1,6 @@
 """What a VAE run starts from, what stays frozen, and what its validation says of its latents."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,20 +147,24 @@ def test_values_that_no_run_can_have_are_refused(shards: Path, wrong: str, rule:
         config_of(shards, wrong)
 
 
-def test_encoder_and_decoder_are_compiled_where_the_config_says(
+def test_training_is_compiled_where_the_config_says_and_validation_never(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[VAE] = []
+    graphs: list[bool] = []
+    compile_parts = VAE.compile_parts
 
-    def compile_parts(vae: VAE) -> None:
-        calls.append(vae)
+    def keep(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(torch.is_grad_enabled())
+        return module.forward
 
-    monkeypatch.setattr(VAE, "compile_parts", compile_parts)
-    for more in ((), ("speed.compile=true",)):
-        config = parse_config(tree(options(shards, shards / "plan", *more, task=TINY_VAE)))
-        assert isinstance(config, VAERun)
-        task = VAETask(config, single_process())
-    assert calls == [task.module]
+    monkeypatch.setattr(VAE, "compile_parts", lambda vae: compile_parts(vae, backend=keep))
+    seen = []
+    for name, more in (("plain", ()), ("compiled", ("speed.compile=true",))):
+        watched = "train.steps=2", "train.val_every=1", *more
+        assert train_here(options(shards, shards / name, *watched, task=TINY_VAE)) == 0
+        seen.append((list(graphs), losses(shards / name, "val/psnr")))
+    assert seen[0][0] == [] and seen[1][0] and all(seen[1][0])
+    assert seen[0][1] == pytest.approx(seen[1][1], abs=1e-3)
 
 
 def test_latent_figures_add_up_over_batches() -> None:
