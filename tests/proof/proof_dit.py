@@ -44,7 +44,10 @@ def phases(out: Path) -> list[Phase]:
         size = {1: 8, 5: 4, 17: 2}[frames]
         bucket = f"{{frames: {frames}, height: 32, width: 32, batch_size: {size}}}"
         # None of its families changes at once; for three of them half of the width will do.
-        own = f"data.buckets=[{bucket}]", "vae.base_dim=16", "vae.patch_size=1", "cuts=0"
+        own = (
+            *("vae.base_dim=16", "vae.patch_size=1", "cuts=0", "speed.compile=false"),
+            *(f"data.buckets=[{bucket}]", "data.micro_batches_per_step=2", *RANKS),
+        )
         return train(f"VAE, {title}", experiment, folder, *own, *paths(clips), *more)
 
     make = ("--families", ",".join(FAMILIES), *SHAPE)
@@ -66,13 +69,10 @@ def phases(out: Path) -> list[Phase]:
         ),
         vae_part("single frames", "proof_vae_images", images, 1, "train.steps=400"),
         vae_part("5 frames", "proof_vae_short", short, 5, f"init_from={images}", "train.steps=300"),
-        vae_part(
-            *("17 frames", "proof_vae", vae, 17, f"init_from={short}"),
-            *("train.steps=500", "optim.lr=6e-4"),
-        ),
+        vae_part("17 frames", "proof_vae", vae, 17, f"init_from={short}", "train.steps=500"),
         encode("train"),
         encode("val", "--stats-from", f"{latents}/train"),
-        train("DiT", EXPERIMENT, dit, *paths(latents)),
+        train("DiT", EXPERIMENT, dit, *paths(latents), *RANKS),
         Phase(
             "evaluate",
             ("evaluate", f"{dit}", "--out", f"{out}/dit_scores", "--splits", "val")

@@ -17,13 +17,14 @@ from typing import Any
 
 from rich.console import Console
 
-from longtake.launch.demo import RANKS, Gate, Phase, Timing, paths, print_closing, run_phase
+from longtake.launch.demo import Gate, Phase, Timing, paths, print_closing, run_phase
 from longtake.train.report_curves import read_series
 from tests.proof.pictures import draw_curves, draw_reconstructions
 
 FOLDER = "output_dir="
 MIN_PSNR, MIN_SCORE, MAX_MINUTES, MIN_GAIN = 30.0, 0.97, 40.0, 1.0
 WORLD = ("--size", "64x64", "--frames", "17")
+RARE = 0.15  # clips of `attribute` to one of any family: only there are things dark or between hues
 REAL_SIDE = 128
 # Real clips are packed into parts; a source is either trained on or validated on, with all of them.
 PACK = ("--recode", str(REAL_SIDE), "--max-duration", "2.5", "--min-duration", "0.8")
@@ -36,16 +37,21 @@ REAL = (
 def world_phases(out: Path) -> list[Phase]:
     """The world at 64x64, 17 frames, of all families: single frames, short clips, whole clips."""
     clips, images, short = out / "world_clips", out / "world_images", out / "world_short"
-    make = {
-        split: ("world", f"{clips}/{split}", "--split", split, *WORLD, "--clips", count)
-        for split, count in (("train", "6600"), ("val", "220"))
+    made = {
+        "train": ("--clips", "6600"),
+        "rare": ("--clips", "1500", "--families", "attribute", "--seed", "1"),
+        "val": ("--split", "val", "--clips", "220"),
     }
+    sources = f"{{path: {clips}/train}}, {{path: {clips}/rare, weight: {RARE}}}"
+    data = f"data.train=[{sources}]", f"data.val.0.path={clips}/val"
     return [
-        Phase("world, train", make["train"]),
-        Phase("world, val", make["val"]),
-        train("world, single frames", "proof_vae_images", images, *paths(clips)),
-        train("world, 5 frames", "proof_vae_short", short, *paths(clips), f"init_from={images}"),
-        train("world, 17 frames", "proof_vae", out / "world", *paths(clips), f"init_from={short}"),
+        *(
+            Phase(f"world, {name}", ("world", f"{clips}/{name}", *WORLD, *options))
+            for name, options in made.items()
+        ),
+        train("world, single frames", "proof_vae_images", images, *data),
+        train("world, 5 frames", "proof_vae_short", short, *data, f"init_from={images}"),
+        train("world, 17 frames", "proof_vae", out / "world", *data, f"init_from={short}"),
     ]
 
 
@@ -77,7 +83,7 @@ def real_phases(out: Path, videos: Path | None) -> list[Phase]:
     images = out / "real_images"
     still, moving = (
         f"data.buckets=[{{frames:{frames},height:{REAL_SIDE},width:{REAL_SIDE},batch_size:{size}}}]"
-        for frames, size in ((1, 4), (5, 1))
+        for frames, size in ((1, 8), (5, 2))
     )
     return [
         *prepare,
@@ -94,9 +100,9 @@ def real_phases(out: Path, videos: Path | None) -> list[Phase]:
 
 
 def train(title: str, experiment: str, folder: Path, *more: str) -> Phase:
-    """A training of two processes of one thread each; both count in its CPU minutes."""
+    """A training on the CPU, its processes of one thread each; all count in its CPU minutes."""
     options = f"experiment={experiment}", f"{FOLDER}{folder}", "train.num_threads=1"
-    return Phase(title, ("train", *RANKS, *options, "train.device=cpu", *more))
+    return Phase(title, ("train", *more, *options, "train.device=cpu"))
 
 
 def run_of(phase: Phase) -> Path:
