@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from longtake.models.fused import ExplicitAttention
+from longtake.models.fused import explicit_attention
 from longtake.models.transfer import to_device
 
 # Measured on CPU: a written-out softmax beats the fused kernel up to about this many keys.
@@ -73,7 +73,7 @@ def has_varlen(q: Tensor) -> bool:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
     if q.device.type == "cpu" and k.shape[2] <= EXPLICIT_MAX_KEYS.get(q.dtype, 0):
-        out = ExplicitAttention.apply(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), key_bias)
+        out = explicit_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), key_bias)
         return out.unflatten(0, q.shape[:2])
     mask = None if key_bias is None else key_bias.to(q.dtype).expand(q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -126,7 +126,7 @@ class NormRotateHeads(Function):
                 length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
                 rms.append((length.square() / dim + eps).rsqrt())
                 y = wide.mul_(rms[-1]).mul_(weight).unflatten(-1, (num_heads, -1))
-                y = _turn_(y, None if rope is None else rope[part])
+                y = y if rope is None else _turn_(y, rope[part])
                 out[:parts, :, :, part].copy_(y.permute(2, 0, 3, 1, 4))
         for index in range(parts, num_parts):
             rest = x[..., index * dim : (index + 1) * dim]
@@ -139,14 +139,15 @@ class NormRotateHeads(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, rms, weight, rope = ctx.saved_tensors
         parts, dim = weight.shape
-        heads, back = grads[0].shape[1], None if rope is None else rope.conj()
+        heads = grads[0].shape[1]
         d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
         target = d_x.unflatten(-1, (len(grads), heads, -1))  # (B, N, S, H, Dh)
         for part in _tokens(x, parts * dim):
             grad = torch.empty(target[:, part, :parts].shape, device=x.device)
             for index in range(parts):
                 grad[:, :, index] = grads[index][:, :, part].transpose(1, 2)
-            grad = _turn_(grad, None if back is None else back[part]).flatten(-2)  # (B, N, P, D)
+            grad = grad if rope is None else _turn_(grad, rope[part], back=True)
+            grad = grad.flatten(-2)  # (B, N, P, D)
             normed = x[:, part, : parts * dim].to(torch.float32, copy=True)
             normed = normed.unflatten(-1, (parts, dim)).mul_(rms[:, part])
             d_weight += (grad * normed).sum((0, 1))
@@ -172,11 +173,18 @@ def _part(rows: Tensor | None, part: slice) -> Tensor | None:
     return None if rows is None else rows[:, part]
 
 
-def _turn_(x: Tensor, rope: Tensor | None) -> Tensor:
-    """Multiply pairs of channels, read as complex numbers, in place; x (B, N, P, H, Dh) fp32."""
-    if rope is not None:
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rope[:, None])
-    return x
+def _turn_(x: Tensor, rope: Tensor, *, back: bool = False) -> Tensor:
+    """Multiply pairs of channels, read as complex numbers, in place; x (B, N, P, H, Dh) fp32.
+
+    `back` multiplies by the conjugates. A compiler sees real numbers: inductor knows no others.
+    """
+    pairs, rope = x.unflatten(-1, (-1, 2)), rope[:, None]
+    if not torch.compiler.is_compiling():
+        torch.view_as_complex(pairs).mul_(rope.conj() if back else rope)
+        return x
+    (real, imag), (cos, sin) = pairs.unbind(-1), torch.view_as_real(rope).unbind(-1)
+    sin = -sin if back else sin
+    return torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1).flatten(-2)
 
 
 class ChannelNormSilu(Function):
@@ -221,8 +229,10 @@ def _channel_rows(x: Tensor) -> Tensor:
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    size = CHUNK // rows.shape[1] if rows.device.type == "cpu" else rows.shape[0]
-    return rows.split(max(size, 1))
+    """Rows (M, ...) that are worked on at a time, as `_tokens`."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return (rows,)
+    return rows.split(max(1, CHUNK // rows.shape[1:].numel()))
 
 
 def _unit(rows: Tensor, gain: float) -> tuple[Tensor, Tensor]:
@@ -232,48 +242,93 @@ def _unit(rows: Tensor, gain: float) -> tuple[Tensor, Tensor]:
     return wide * factor, factor
 
 
-class ExplicitAttention(Function):
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(scale·q·kᵀ + bias)·v written out; q (M, N, Dh), k and v (M, L, Dh), M = B·H.
 
-    A few heads at a time: products and gradients of logits use the same memory again.
+    A few heads at a time: products and gradients of logits use the same memory again. A compiler
+    takes it as one operator: what inductor makes of its parts takes 1.4 times as long.
     """
+    if torch.compiler.is_compiling():
+        return _attend_op(q, k, v, bias)[0]
+    return ExplicitAttention.apply(q, k, v, bias)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the queries find, and the weights (M, N, L)."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    out, weights = _attend_shapes(q, k, v, bias)
+    with torch.autocast(q.device.type, enabled=False):
+        start, beta = (q.new_zeros(()), 0) if bias is None else (bias.to(q.dtype), 1)
+        for heads in _head_groups(weights):
+            keys = k[heads].transpose(1, 2)
+            logits = torch.baddbmm(start, q[heads], keys, beta=beta, alpha=scale)
+            torch.softmax(logits, -1, out=weights[heads])
+            out[heads] = torch.bmm(weights[heads], v[heads])  # kept by selective checkpointing
+    return out, weights
+
+
+def _attend_shapes(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(*q.shape[:2], k.shape[1])
+
+
+def _attend_back(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for heads in _head_groups(weights):
+        probs, g = weights[heads], grad[heads]
+        torch.bmm(probs.transpose(1, 2), g, out=d_v[heads])
+        d_weights = torch.bmm(g, v[heads].transpose(1, 2))
+        d_logits = torch.ops.aten._softmax_backward_data(d_weights, probs, -1, q.dtype)
+        torch.bmm(d_logits, k[heads], out=d_q[heads])
+        torch.bmm(d_logits.transpose(1, 2), q[heads], out=d_k[heads])
+    return d_q.mul_(scale), d_k.mul_(scale), d_v
+
+
+def _head_groups(weights: Tensor) -> list[slice]:
+    """Heads whose weights (M, N, L) make about GROUP elements together, at least one."""
+    size = max(1, GROUP // weights[0].numel())
+    return [slice(first, first + size) for first in range(0, len(weights), size)]
+
+
+class ExplicitAttention(Function):
+    """`explicit_attention` in eager mode."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        scale = 1 / math.sqrt(q.shape[-1])
-        out, weights = torch.empty_like(q), q.new_empty(*q.shape[:2], k.shape[1])
-        with torch.autocast(q.device.type, enabled=False):
-            start, beta = (q.new_zeros(()), 0) if bias is None else (bias.to(q.dtype), 1)
-            for heads in _head_groups(weights):
-                keys = k[heads].transpose(1, 2)
-                logits = torch.baddbmm(start, q[heads], keys, beta=beta, alpha=scale)
-                torch.softmax(logits, -1, out=weights[heads])
-                out[heads] = torch.bmm(weights[heads], v[heads])  # kept by selective checkpointing
+        out, weights = _attend(q, k, v, bias)
         ctx.save_for_backward(q, k, v, weights)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        scale = 1 / math.sqrt(q.shape[-1])
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for heads in _head_groups(weights):
-            probs, g = weights[heads], grad[heads]
-            torch.bmm(probs.transpose(1, 2), g, out=d_v[heads])
-            d_weights = torch.bmm(g, v[heads].transpose(1, 2))
-            d_logits = torch.ops.aten._softmax_backward_data(d_weights, probs, -1, q.dtype)
-            torch.bmm(d_logits, k[heads], out=d_q[heads])
-            torch.bmm(d_logits.transpose(1, 2), q[heads], out=d_k[heads])
-        return d_q.mul_(scale), d_k.mul_(scale), d_v, None
+        return *_attend_back(grad, *ctx.saved_tensors), None
 
 
-def _head_groups(weights: Tensor) -> list[slice]:
-    """Heads whose weights (M, N, L) make about GROUP elements together, at least one."""
-    if torch.compiler.is_compiling():
-        return [slice(None)]
-    size = max(1, GROUP // weights[0].numel())
-    return [slice(first, first + size) for first in range(0, len(weights), size)]
+_attend_op = torch.library.custom_op("longtake::attend", _attend, mutates_args=())
+_attend_back_op = torch.library.custom_op("longtake::attend_back", _attend_back, mutates_args=())
+_attend_op.register_fake(_attend_shapes)
+
+
+@_attend_back_op.register_fake
+def _attend_back_shapes(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_weights(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+
+
+def _attend_op_back(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attend_back_op(grad, *ctx.saved_tensors), None
+
+
+_attend_op.register_autograd(_attend_op_back, setup_context=_keep_weights)
 
 
 class GeluTanh(Function):
@@ -286,7 +341,7 @@ class GeluTanh(Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         out, slope = torch.empty_like(x), torch.empty_like(x)
-        chunks = (tensor.view(-1).split(CHUNK) for tensor in (x, out, slope))
+        chunks = (_pieces(tensor.view(-1)) for tensor in (x, out, slope))
         for piece, out_piece, slope_piece in zip(*chunks, strict=True):
             wide = piece.float()
             square = wide * wide

@@ -69,6 +69,27 @@ def test_attention(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_for_a_compiler_is_one_operator(with_bias: bool) -> None:
+    q, k, v = torch.randn(6, 4, 8), torch.randn(6, 5, 8), torch.randn(6, 5, 8)
+    bias = torch.randn(5) if with_bias else None
+    targets: list[object] = []
+
+    def keep(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        targets.extend(node.target for node in module.graph.nodes)
+        return module.forward
+
+    compiled = torch.compile(fused.explicit_attention, backend=keep, fullgraph=True)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused.explicit_attention(q, k, v, bias)
+
+    same(lambda q, k, v: compiled(q, k, v, bias), plain, q, k, v)
+    assert torch.ops.longtake.attend.default in targets
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+    torch.library.opcheck(torch.ops.longtake.attend.default, (*leaves, bias))
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("num_levels", [1, 2])
 def test_modulated_norm_and_gate(num_levels: int) -> None:
