@@ -24,6 +24,7 @@ from longtake.train.metrics import WeightedMean
 from longtake.train.schema import VAERun
 from longtake.train.strategy import StepResult
 from longtake.train.tasks import LossSum, normal_draws
+from longtake.train.vae_schema import changes
 
 VERDICT_DECAY = 0.99  # of the running means of logits that LeCAM holds the verdicts to
 TINY = 1e-8  # keeps the adaptive weight finite where the critic is indifferent
@@ -62,7 +63,7 @@ class Adversary:
                 f"discriminator.r1_kind=exact needs double backward, which engine.strategy="
                 f"{config.engine.strategy} has no path for: use finite_difference, or ddp"
             )
-        self.settings, self.term = settings, config.loss.adversarial
+        self.settings, self.term, self._loss = settings, config.loss.adversarial, config.loss
         self.optim = replace(
             config.optim, lr=settings.lr, betas=settings.betas, weight_decay=0.0, muon=[]
         )
@@ -149,7 +150,8 @@ class Adversary:
     def finish_step(self, step: int, weight: float) -> None:
         """Teach the lesson of this optimizer step; without one, see whether there is a plateau.
 
-        `weight` is the denominator of the step.
+        `weight` is the denominator of the step. Windows are of one loss: where a term of it begins
+        to count, they begin anew.
         """
         if self.learns(step):
             verdicts = self._verdicts(weight) if self._logits else None
@@ -157,10 +159,18 @@ class Adversary:
             self._taught = Taught(result, verdicts)
         elif self.figures.started is None:
             self._look_for_plateau(step, weight)
+            if changes(self._loss, step + 1):
+                self._window = WeightedMean()
+                self.figures.windows, self.figures.window_steps = [], 0
+
+    @property
+    def last_result(self) -> StepResult | None:
+        """What came of the last lesson, until it is settled."""
+        return None if self._taught is None else self._taught.result
 
     def row(self) -> dict[str, float]:
         """What belongs in the log of the step just finished; waits for the device."""
-        return {} if self._taught is None else {"critic_grad_norm": self._taught.result.grad_norm}
+        return {} if self.last_result is None else {"critic_grad_norm": self.last_result.grad_norm}
 
     def settle(self) -> None:
         """Bring the figures up to date with the last lesson, of which the device has told by now;

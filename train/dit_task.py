@@ -119,6 +119,9 @@ class DiTTask:
         share = Grouped.of(["captions_cut"], first, cut, torch.ones_like(cut))
         return LossSum(sums.sum(), groups=(*self._groups(drawn, t, errors.detach(), counts), share))
 
+    def changes_loss(self, step: int) -> bool:
+        return False  # a curriculum goes from step to step
+
     def _groups(
         self, drawn: Sequence[Drawn], t: Tensor, errors: Tensor, counts: Tensor
     ) -> list[Grouped]:

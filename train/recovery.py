@@ -27,21 +27,25 @@ class Taken:
     shares: HostCopy  # (len(batches),) of the loss, to be divided by `weight`
     weight: float
     result: StepResult
+    critic: StepResult | None  # of the adversary's lesson, if there was one
 
 
 def examine(run: Training, taken: Taken) -> None:
     """Look at a step; all ranks together.
 
-    Where it was skipped (something was not finite) its micro-batches of such a loss are left out,
-    or all of them where none has: from the next step on that no rank can have loaded yet. After
+    Where it was skipped (something was not finite, of the model or of its adversary) its
+    micro-batches of such a loss are left out, or all of them where none has: from the next step on
+    that no rank can have loaded yet. After
     train.max_skips in a row the run goes back to the last good checkpoint, and without them from
     there on. It goes back where the loss jumped, too. RuntimeError after train.max_rewinds such
     returns.
     """
     spikes = run.spikes
-    if taken.result.skipped:
+    critic_skipped = taken.critic is not None and taken.critic.skipped
+    if taken.result.skipped or critic_skipped:
         bad = [not math.isfinite(share) for share in taken.shares.read().tolist()]
-        reason = f"loss or gradient not finite at step {taken.step}"
+        whose = "" if taken.result.skipped else " of the discriminator"
+        reason = f"loss or gradient{whose} not finite at step {taken.step}"
         _leave_out(run, taken.batches, bad, taken.step + 1, reason)
         spikes.skips += 1
         if spikes.skips == run.config.train.max_skips:
@@ -56,6 +60,8 @@ def examine(run: Training, taken: Taken) -> None:
 def _examine_loss(run: Training, taken: Taken) -> None:
     watch, shares = run.spikes.losses, taken.shares.read().tolist()
     total = sum(run.ranks.gather_data(sum(shares))) / taken.weight
+    if run.task.changes_loss(taken.step - 1):
+        watch.recent = []
     if watch.jumped(total):
         counts = map(run.task.weight, taken.batches)
         bad = [watch.is_high(share / n) for share, n in zip(shares, counts, strict=True)]
@@ -90,7 +96,7 @@ def _rewind(run: Training, reason: str) -> None:
     spikes.skips = 0
     if spikes.rewinds > limit:
         raise RuntimeError(
-            f"{reason}; the run went back {limit} times before: train.max_rewinds={limit}. "
+            f"{reason}; so it was {limit} times before: train.max_rewinds={limit}. "
             "Lower optim.lr, or look at quarantine.jsonl"
         )
     run.watchdog.rest()

@@ -20,6 +20,7 @@ from longtake.data.plan import PlannedSample
 from longtake.data.randomness import generator
 from longtake.models.transfer import to_device
 from longtake.train.engine import Engine
+from longtake.train.strategy import StepResult
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Opponent(Protocol):
         """Take its optimizer step, if it learns at `step`."""
         ...
 
+    @property
+    def last_result(self) -> StepResult | None:
+        """What came of the last lesson, if the last step had one."""
+        ...
+
     def row(self) -> dict[str, float]:
         """What belongs in the log of the step just finished."""
         ...
@@ -136,6 +142,10 @@ class Task(Protocol):
         ...
 
     def loss(self, engine: Engine, batch: Batch) -> LossSum: ...
+
+    def changes_loss(self, step: int) -> bool:
+        """Whether the loss of optimizer step `step` is not to be compared with those before."""
+        ...
 
     def validate(self, engine: Engine, batches: Iterable[Batch]) -> Means:
         """Sums over a rank's share of the validation pass, with the weights now in the module."""

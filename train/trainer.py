@@ -171,7 +171,9 @@ class Training:
         self, batches: list[Batch], shares: list[Tensor], weight: float, result: StepResult
     ) -> None:
         """Remember the step just taken, to be settled."""
-        self._taken = Taken(self.step, batches, HostCopy(torch.stack(shares)), weight, result)
+        critic = self.task.adversary.last_result if self.task.adversary else None
+        copies = HostCopy(torch.stack(shares))
+        self._taken = Taken(self.step, batches, copies, weight, result, critic)
 
     def settle(self) -> None:
         """Act on the last step, of which the device has told by now; once."""

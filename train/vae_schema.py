@@ -113,6 +113,12 @@ class AdversaryConfig:
         return DiscriminatorConfig(self.base_dim, self.num_layers)
 
 
+def changes(loss: VAELossConfig, step: int) -> bool:
+    """Whether a term begins to count at an optimizer step after the first: the loss is then not
+    what it was before."""
+    return any(step == term.start > 0 for term in (*measured_terms(loss).values(), loss.kl))
+
+
 def measured_terms(loss: VAELossConfig) -> dict[str, LossTerm]:
     """The terms over pixels that have a weight, by name; KL and the adversary are not of them."""
     terms = {field.name: getattr(loss, field.name) for field in fields(loss)}

@@ -27,7 +27,7 @@ from longtake.train.playback import to_frames
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
 from longtake.train.vae_judges import FVD_KEY, ReconstructionDistance, world_scores
-from longtake.train.vae_schema import measured_terms
+from longtake.train.vae_schema import changes, measured_terms
 
 ERRORS = {
     "l1": vae_losses.absolute,
@@ -127,6 +127,9 @@ class VAETask:
             return LossSum(charged + regular, parts)
         lesson = adversary.lesson(pixels, video, weights, samples)
         return LossSum(charged + regular, parts | lesson.parts, critic=lesson.total)
+
+    def changes_loss(self, step: int) -> bool:
+        return changes(self.config.loss, step)
 
     def _measure(self, pixels: Tensor, video: Tensor) -> dict[str, Tensor]:
         """Every term with a weight, (B,) each."""

@@ -1,5 +1,7 @@
 """The discriminator: a game that is the same on any ranks, after any resume, in any strategy."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from longtake.train.adversary import Adversary
 from longtake.train.config import parse_config
 from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
+from longtake.train.tasks import LossSum
 from tests.train.forked import run_ranks
 from tests.train.tiny_runs import (
     TINY_GAN,
@@ -115,6 +118,36 @@ def test_it_starts_when_reconstruction_stands_still(shards: Path) -> None:
     falling = [1.0 * 0.9**step for step in range(12)]
     assert play(Adversary(config, single_process()), falling) is None
     assert play(Adversary(config, single_process()), [*falling[:6], *[falling[5]] * 6]) == 12
+
+
+def test_a_term_that_begins_is_no_plateau(shards: Path) -> None:
+    plateau: tuple[Any, ...] = ("discriminator.start=null", "discriminator.plateau_window=3")
+    config = config_of(shards, *plateau, "loss.flicker={weight: 1.0, start: 6}")
+    falling = [1.0 * 0.9**step for step in range(18)]
+    with_term = [value + (step >= 6) for step, value in enumerate(falling)]
+    assert play(Adversary(config_of(shards, *plateau), single_process()), with_term[:9]) == 9
+    assert play(Adversary(config, single_process()), with_term[:12]) is None
+    assert play(Adversary(config, single_process()), [*with_term[:9], *[with_term[8]] * 6]) == 15
+
+
+def test_a_lesson_that_is_not_finite_leaves_its_samples_out(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Adversary.lesson
+
+    def lesson(self: Adversary, *clips: Any) -> LossSum:
+        found = honest(self, *clips)
+        bad = self.figures.lessons == 1 and not (shards / "critic" / "quarantine.jsonl").exists()
+        return LossSum(found.total * math.nan, found.parts) if bad else found
+
+    monkeypatch.setattr(Adversary, "lesson", lesson)
+    more = "data.max_bad_fraction=0.9"
+    assert train_here(options(shards, shards / "critic", more, task=TINY_GAN)) == 0
+    lines = (shards / "critic" / "quarantine.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows and all("of the discriminator not finite at step 4" in r["reason"] for r in rows)
+    norms = losses(shards / "critic", "critic_grad_norm")
+    assert norms[4] is None and all(norms[step] for step in norms if step != 4)
 
 
 def test_figures_come_back(shards: Path) -> None:

@@ -100,6 +100,14 @@ def test_a_jump_rewinds_and_leaves_its_samples_out(
     assert max(losses(folder).values()) < 1 and read_marker(folder) == "FINISHED"
 
 
+def test_a_term_that_begins_is_no_jump(shards: Path) -> None:
+    folder = shards / "late"
+    late = "loss.flicker={weight: 500, start: 17}"
+    assert train_here(settings(shards, folder, "train.loss_jump=5", late)) == 0
+    found = losses(folder)
+    assert found[18] > 5 * found[17] and not (folder / "quarantine.jsonl").exists()
+
+
 def test_without_a_checkpoint_it_says_so_and_goes_on(
     shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
