@@ -43,6 +43,14 @@ class GridConfig:
 
 
 @dataclass
+class LengthShare:
+    """A `share` of the samples goes to buckets of so many `frames`, though longer ones fit."""
+
+    frames: int
+    share: float
+
+
+@dataclass
 class CostConfig:
     """What a sample costs a training step.
 
@@ -90,8 +98,9 @@ class CacheConfig:
 class DataConfig:
     """Training and validation data, the shapes to cut from them, and how to load.
 
-    `grid` adds buckets to those listed. With `pack` a micro-batch takes samples of all buckets up
-    to `cost.max_tokens`, else samples of one bucket. `fps` resamples clips to one rate (None: each
+    `grid` adds buckets to those listed; `lengths` mix images and short clips in. With `pack` a
+    micro-batch takes samples of all buckets up to `cost.max_tokens`, else samples of one bucket.
+    `fps` resamples clips to one rate (None: each
     at its own); `crop` is center or random, `window` says which part of a longer clip is taken:
     start, center or random. `flip` mirrors half of the clips left to right, whatever their captions
     say of left and right. `shuffle_shards` is the shuffle window inside a lane. `resize` is fast
@@ -104,6 +113,7 @@ class DataConfig:
     val: list[DatasetConfig] = field(default_factory=list)
     buckets: list[BucketConfig] = field(default_factory=list)
     grid: GridConfig | None = None
+    lengths: list[LengthShare] = field(default_factory=list)
     cost: CostConfig = field(default_factory=CostConfig)
     pack: bool = False
     micro_batches_per_step: int = 8
@@ -220,6 +230,21 @@ def _check_buckets(config: DataConfig) -> None:
             value = getattr(bucket, key)
             if value is not None and value < 1:
                 raise ValueError(f"data.buckets[{index}].{key}={value} must be at least 1")
+    for index, length in enumerate(config.lengths):
+        if not (math.isfinite(length.share) and length.share > 0):
+            raise ValueError(f"data.lengths[{index}].share={length.share} must be positive")
+    total = sum(length.share for length in config.lengths)
+    if total > 1 + 1e-9:
+        raise ValueError(f"data.lengths: shares sum to {total:g}, more than all samples")
+    known = {bucket.frames for bucket in config.buckets}
+    known |= set(config.grid.frames) if config.grid else set()
+    lengths = [length.frames for length in config.lengths]
+    for frames in lengths:
+        if frames not in known or lengths.count(frames) > 1:
+            raise ValueError(
+                f"data.lengths names {lengths} frames: each must be that of a bucket, and named "
+                f"once; there are buckets of {', '.join(map(str, sorted(known)))}"
+            )
     names = [bucket.name for bucket in config.buckets]
     for name in names:
         if names.count(name) > 1:

@@ -47,13 +47,21 @@ def uniform(seed: int, purpose: str) -> float:
 def hash_order(size: int, seed: int) -> np.ndarray:
     """A permutation of range(size), int64, that stays the same in every NumPy version.
 
-    Sorts splitmix64 hashes (Steele, Lea, Flood 2014) of the positions; NumPy's own shuffles carry
-    no promise between releases, and a plan must survive an upgrade.
+    Sorts hashes of the positions; NumPy's own shuffles carry no promise between releases, and a
+    plan must survive an upgrade.
     """
+    return np.argsort(_hashes(np.arange(1, size + 1, dtype=np.uint64), seed), kind="stable")
+
+
+def uniforms(numbers: np.ndarray, purpose: str) -> np.ndarray:
+    """A draw in [0, 1) for each of `numbers` (N,) uint64, (N,) float64."""
+    return (_hashes(numbers, derive_seed(purpose)) >> np.uint64(11)) / (1 << 53)
+
+
+def _hashes(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """splitmix64 (Steele, Lea, Flood 2014), (N,) uint64."""
     with np.errstate(over="ignore"):
-        z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
-            seed
-        )
+        z = numbers * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+    return z ^ (z >> np.uint64(31))

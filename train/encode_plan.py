@@ -97,6 +97,7 @@ def plan_encode(loaded: LoadedVAE, shards: Path, options: EncodeOptions) -> Enco
         "source": table.info.fingerprint,
         "seed": loaded.config.seed,
         "buckets": [bucket.name for bucket in config.buckets],
+        "lengths": [asdict(length) for length in config.lengths],
         "captions": sorted(config.val[0].captions),
         "fps": config.fps,
         "resize": config.resize,
@@ -115,11 +116,11 @@ def data_config(
     """The shapes and caption kinds to encode, as a validation set in order. Windows and crops are
     drawn for variants; clips are never mirrored, whose captions may say left or right."""
     data = loaded.config.data
-    buckets = data.buckets
+    buckets, lengths = data.buckets, data.lengths
     if options.frames or options.size:
         first = buckets[0]
         height, width = options.size or (first.height, first.width)
-        buckets = [BucketConfig(options.frames or first.frames, height, width, 1)]
+        buckets, lengths = [BucketConfig(options.frames or first.frames, height, width, 1)], []
     for bucket in buckets:
         loaded.vae.config.latent_shape(bucket.frames, bucket.height, bucket.width)
     kinds = options.caption_kinds or caption_kinds(catalogue)
@@ -132,6 +133,7 @@ def data_config(
     return DataConfig(
         val=[dataset],
         buckets=[replace(bucket, batch_size=options.batch_size) for bucket in buckets],
+        lengths=lengths,
         fps=options.fps or data.fps,
         crop="random",
         window="random",

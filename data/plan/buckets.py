@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from longtake.data.config import DataConfig
+from longtake.data.randomness import uniforms
 
 _SLACK = 1e-3  # seconds, as in the decoder
 _DROPPED = -1
@@ -19,8 +20,9 @@ def assign_buckets(
     where none fits, and the number of those by reason.
 
     Among equals the longest frame count that fits wins, then the largest frame; clips are never
-    stretched in time nor enlarged. Cached latents fit the bucket of exactly their pixel shape.
-    Buckets whose index is in `closed` take nothing.
+    stretched in time nor enlarged. A sample for which data.lengths draw a frame count goes to a
+    bucket of that, if one fits; the same one in every plan of the same lengths. Cached latents fit
+    the bucket of exactly their pixel shape. Buckets whose index is in `closed` take nothing.
     """
     bucket = np.full(len(rows), _DROPPED, dtype=np.int16)
     reasons = np.zeros(len(rows), dtype=np.int8)
@@ -49,7 +51,9 @@ def _fit_pixels(
     last_time = rows["duration"] - 1 / np.where(fps > 0, fps, np.inf)
     aspect = np.log(width / height)
     bucket = np.full(len(rows), _DROPPED, dtype=np.int16)
-    best = np.full((3, len(rows)), np.inf)  # aspect distance, -frames, -area: less is better
+    drawn = _drawn_lengths(rows["sample_id"], config)
+    # not of the drawn length, aspect distance, -frames, -area: less is better
+    best = np.full((4, len(rows)), np.inf)
     long_enough = np.zeros(len(rows), dtype=bool)
     fast_enough = np.zeros(len(rows), dtype=bool)
     fits_closed = np.zeros(len(rows), dtype=bool)
@@ -64,7 +68,8 @@ def _fit_pixels(
         is_large = (width >= shape.width) & (height >= shape.height)
         distance = np.round(np.abs(aspect - np.log(shape.width / shape.height)), 6)
         area = shape.height * shape.width
-        score = np.stack([distance, *np.broadcast_arrays(-shape.frames, -area, distance)[:2]])
+        scores = drawn != shape.frames, distance, -shape.frames, -area
+        score = np.stack(np.broadcast_arrays(*scores)).astype(np.float64)
         fast_enough |= is_fast
         long_enough |= is_fast & is_long
         if index in closed:
@@ -77,10 +82,19 @@ def _fit_pixels(
     return bucket, why
 
 
+def _drawn_lengths(sample_ids: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Frame count that data.lengths draw for each sample, (N,), 0 where they leave it open."""
+    frames = np.array([length.frames for length in config.lengths] + [0])
+    edges = np.cumsum([length.share for length in config.lengths])
+    return frames[np.searchsorted(edges, uniforms(sample_ids, "length"), side="right")]
+
+
 def _precedes(score: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """Lexicographic score < best, column by column; both (3, N)."""
-    less, equal = score < best, score == best
-    return less[0] | (equal[0] & (less[1] | (equal[1] & less[2])))
+    """Lexicographic score < best, column by column; both (K, N)."""
+    found = np.zeros(score.shape[1], dtype=bool)
+    for mine, other in zip(score[::-1], best[::-1], strict=True):
+        found = (mine < other) | ((mine == other) & found)
+    return found
 
 
 def _fit_latents(

@@ -35,7 +35,7 @@ from longtake.data.plan.tables import ROW, SampleTable, TableInfo
 from longtake.data.samples import LATENT_EXTENSION
 from longtake.data.shards.node_cache import cache_folder
 
-_FORMAT = 3
+_FORMAT = 4
 _ROWS_AT_ONCE = 250_000  # bounds what compiling holds in memory
 _COPIED = (
     *("sample_id", "payload_offset", "payload_size", "meta_offset", "meta_size"),
@@ -97,6 +97,7 @@ def _plan_key(
         [(n, e.samples, e.bytes, e.rejected) for m in manifests for n, e in m.shards.items()],
         [(dataset.where, dataset.captions) for dataset in datasets],
         [asdict(bucket) for bucket in config.buckets],
+        [asdict(length) for length in config.lengths],
         [config.fps, config.micro_batches_per_step, config.pack, must_fill, sorted(closed)],
     ]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]

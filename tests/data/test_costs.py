@@ -13,6 +13,7 @@ from longtake.data.config import (
     DataConfig,
     DatasetConfig,
     GridConfig,
+    LengthShare,
     check_data_config,
 )
 from longtake.data.plan import Plan
@@ -67,6 +68,18 @@ def test_batch_sizes_fill_the_cap_at_equal_cost() -> None:
         (DataConfig(grid=GridConfig([1], [64], 16)), r"data\.grid\.multiple=16"),
         (DataConfig(grid=GridConfig([1], [64], 4, 0.5)), r"data\.grid\.max_aspect=0\.5"),
         (DataConfig(grid=GridConfig([1], [64], 4, batch_size=0)), r"data\.grid\.batch_size=0"),
+        (
+            DataConfig(buckets=[BucketConfig(1, 8, 8, 1)], lengths=[LengthShare(5, 0.1)]),
+            r"data\.lengths names \[5\] frames: .* there are buckets of 1$",
+        ),
+        (
+            DataConfig(buckets=[BucketConfig(1, 8, 8, 1)], lengths=[LengthShare(1, 1.5)]),
+            r"data\.lengths: shares sum to 1\.5",
+        ),
+        (
+            DataConfig(buckets=[BucketConfig(1, 8, 8, 1)], lengths=[LengthShare(1, 0)]),
+            r"data\.lengths\[0\]\.share=0",
+        ),
         (
             DataConfig(buckets=[BucketConfig(1, 8, 8, 1)], cost=CostConfig(token=[1, 2])),
             r"data\.cost\.token=\[1, 2\]",

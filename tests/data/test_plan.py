@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.data.catalogue import Catalogue
-from longtake.data.config import CacheConfig
+from longtake.data.config import CacheConfig, LengthShare
 from longtake.data.plan import (
     BucketConfig,
     DataConfig,
@@ -230,6 +230,26 @@ def test_bucket_choice_is_nearest_aspect_then_longest() -> None:
     }.items():
         plan = Plan.from_catalogues([_row(frames, height, width)], config, 0)
         assert set(plan.tables[0].bucket.tolist()) == {expected}, (frames, height, width)
+
+
+def test_lengths_draw_images_and_short_clips_from_videos() -> None:
+    buckets = [
+        *(BucketConfig(frames, 32, 32, 1, True) for frames in (1, 5, 17, 33)),
+        BucketConfig(5, 32, 64, 1, True),
+    ]
+    lengths = [LengthShare(1, 0.5), LengthShare(5, 0.25)]
+    config = _config(buckets, 1, lengths=lengths)
+    shares = {}
+    for name, (frames, width) in {"long": (40, 40), "wide": (20, 70), "short": (3, 40)}.items():
+        catalogue = synthetic_catalogue([4000], [(frames, 40, width)])
+        table = Plan.from_catalogues([catalogue], config, 0).tables[0]
+        again = Plan.from_catalogues([catalogue], config, 1).tables[0]
+        assert (table.bucket == again.bucket).all()
+        shares[name] = np.bincount(table.bucket, minlength=5) / 4000
+    assert shares["long"] == pytest.approx([0.5, 0.25, 0, 0.25, 0], abs=0.03)
+    # a frame count that is drawn comes before the aspect ratio; what is left goes by that
+    assert shares["wide"] == pytest.approx([0.5, 0, 0, 0, 0.5], abs=0.03)
+    assert shares["short"] == pytest.approx([1, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize(
