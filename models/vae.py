@@ -289,11 +289,15 @@ def _init_time(conv: CausalConv3d) -> None:
 
 
 def vae_hash(state_dict: dict[str, Tensor], config: VAEConfig) -> str:
-    """Hex SHA-256 over every weight and all of the config that decides what they compute."""
+    """Hex SHA-256 of what makes the latents: the encoder's weights and config.
+
+    Latents stay those of a VAE whose decoder is trained on.
+    """
     sizes = asdict(config)
-    del sizes["checkpoint_blocks"]
+    for name in ("checkpoint_blocks", "decoder_base_dim", "out_channels"):
+        del sizes[name]
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
-    for name in sorted(state_dict):
+    for name in sorted(name for name in state_dict if name.startswith(("encoder.", "quant."))):
         tensor = state_dict[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         size = tensor.numel() * tensor.element_size()

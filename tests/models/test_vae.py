@@ -211,14 +211,19 @@ def test_hash_names_weights_and_config() -> None:
     state = vae.state_dict()
     first = vae_hash(state, TINY)
     assert first == vae_hash({k: v.clone() for k, v in reversed(state.items())}, TINY)
-    state["quant.bias"].view(-1)[0] += 1e-6
-    assert vae_hash(state, TINY) != first
+    state["decoder.conv_out.bias"].view(-1)[0] += 1.0  # makes no latents
+    assert vae_hash(state, TINY) == first
+    for name in ("quant.bias", "encoder.conv_in.weight"):
+        changed = {**state, name: state[name].clone()}
+        changed[name].view(-1)[0] += 1e-6
+        assert vae_hash(changed, TINY) != first
 
 
-def test_hash_leaves_out_how_gradients_are_made() -> None:
+def test_hash_leaves_out_what_makes_no_latents() -> None:
     state = VAE(TINY).state_dict()
     first = vae_hash(state, TINY)
     assert vae_hash(state, replace(TINY, checkpoint_blocks=True)) == first
+    assert vae_hash(state, replace(TINY, decoder_base_dim=64)) == first
     assert vae_hash(state, replace(TINY, patch_size=2)) != first
 
 
