@@ -41,7 +41,8 @@ class TextCache:
 
 @dataclass(frozen=True)
 class LatentManifest:
-    """How a folder of latents was made. `mean` and `std` per channel; strides (T, H, W).
+    """How a folder of latents was made. `mean` and `std` per channel, over `stats_clips` clips of
+    the VAE's training data (0: not recorded); strides (T, H, W).
 
     Every clip that is long enough has the `segments`. `versions` names programs, and as
     "vae_run" the way from the folder to the run of the VAE.
@@ -57,6 +58,7 @@ class LatentManifest:
     segments: tuple[str, ...] = ()
     logvar: bool = False
     variants: int = 1
+    stats_clips: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -78,7 +80,8 @@ class LatentSample:
 
 
 class ChannelStats:
-    """Running mean and standard deviation for each channel, in float64."""
+    """Running mean and standard deviation for each channel, in float64; ValueError for those of
+    nothing."""
 
     def __init__(self, num_channels: int) -> None:
         self.count = 0
@@ -95,14 +98,18 @@ class ChannelStats:
     @property
     def mean(self) -> list[float]:
         """(C,) means."""
-        return (self._sum / max(self.count, 1)).tolist()
+        return self._mean_of(self._sum).tolist()
 
     @property
     def std(self) -> list[float]:
         """(C,) standard deviations, at least 1e-6."""
-        mean = self._sum / max(self.count, 1)
-        variance = self._squares / max(self.count, 1) - mean.square()
+        variance = self._mean_of(self._squares) - self._mean_of(self._sum).square()
         return variance.clamp_min(1e-12).sqrt().tolist()
+
+    def _mean_of(self, total: Tensor) -> Tensor:
+        if not self.count:
+            raise ValueError("no latents were counted: they have no mean and std")
+        return total / self.count
 
 
 class LatentWriter:

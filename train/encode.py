@@ -133,6 +133,7 @@ def manifest_of(
         mean=stats.mean if stats else [],
         std=stats.std if stats else [],
         strides=loaded.vae.strides,
+        stats_clips=stats.num_clips if stats else 0,
         text=text_cache(options.text),
         segments=options.segments,
         logvar=options.logvar,

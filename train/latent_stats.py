@@ -22,16 +22,18 @@ from longtake.data.plan import Plan, PlannedSample
 from longtake.data.reader import BadSample, SampleReader
 from longtake.data.transforms import to_float
 from longtake.models.vae_bounded import encode_bounded
+from longtake.train.checks import require
 from longtake.train.run_folder import write_json
 from longtake.train.runs import LoadedVAE
 
 NUM_CLIPS = 1024
+MIN_SHARE = 0.5  # of the clips wanted: fewer are no fair sample of the VAE's training data
 BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Per channel mean and standard deviation of the latents of one VAE."""
+    """Per channel mean and standard deviation of the latents of one VAE, over `num_clips` clips."""
 
     vae_hash: str
     mean: list[float]
@@ -42,11 +44,14 @@ class LatentStats:
 def latent_stats(loaded: LoadedVAE, vae_hash: str, num_clips: int = NUM_CLIPS) -> LatentStats:
     """Read from the VAE's run folder, or take and keep them there.
 
-    ValueError when they are not there and the VAE's training data cannot be read any more.
+    ValueError when they are not there and the VAE's training data, or too much of it, cannot be
+    read any more.
     """
     path = loaded.place.folder / f"latent_stats-{vae_hash[:16]}.json"
     if path.is_file():
-        return LatentStats(**json.loads(path.read_text(encoding="utf-8")))
+        kept = LatentStats(**json.loads(path.read_text(encoding="utf-8")))
+        if kept.num_clips:  # of none, as releases before kept them, they say nothing
+            return kept
     try:
         plan = Plan.from_config(loaded.config.data, loaded.config.seed)
     except ValueError as error:
@@ -61,8 +66,16 @@ def latent_stats(loaded: LoadedVAE, vae_hash: str, num_clips: int = NUM_CLIPS) -
     total = -(-num_clips // BATCH_SIZE)
     for video in track(batches, description="latent statistics", total=total):
         for latents in _encode(loaded, video):
-            stats.update(latents)
-            seen += 1
+            if latents.isfinite().all():
+                stats.update(latents)
+                seen += 1
+    require(
+        seen >= MIN_SHARE * num_clips,
+        f"{loaded.place.folder}: the mean and std of the latents are taken over {num_clips} clips "
+        f"of the VAE's training data, of which only {seen} can be read and encoded, fewer than "
+        f"{MIN_SHARE:.0%}: see `longtake verify`, or give --stats-from, a folder of latents of the "
+        "same VAE",
+    )
     found = LatentStats(vae_hash, stats.mean, stats.std, seen)
     write_json(path, asdict(found))
     return found
@@ -76,7 +89,7 @@ def stats_of_latents(folder: Path, vae_hash: str) -> LatentStats:
             f"--stats-from {folder}: was made by VAE {manifest.vae_hash[:16]}, this one is "
             f"{vae_hash[:16]}; the statistics of one do not fit the other"
         )
-    return LatentStats(vae_hash, manifest.mean, manifest.std, manifest.num_samples)
+    return LatentStats(vae_hash, manifest.mean, manifest.std, manifest.stats_clips)
 
 
 def clip_batches(plan: Plan, num_clips: int) -> Iterator[Tensor]:
@@ -101,7 +114,7 @@ def _read(reader: SampleReader, samples: list[PlannedSample]) -> list[Tensor]:
         try:
             video = reader.read(sample).video
         except BadSample:
-            continue  # training and `longtake encode` report it; a mean does not need it
+            continue  # training and `longtake encode` report it; `latent_stats` counts the others
         if video is not None:
             videos.append(video)
     return videos

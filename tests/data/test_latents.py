@@ -334,3 +334,9 @@ def test_damaged_latents(tmp_path: Path) -> None:
     ]
     catalogue = build_catalogue(write_shards(tmp_path, samples), progress=False)
     assert "damaged" in catalogue.rejected[0]["reason"]
+
+
+def test_statistics_of_nothing_are_an_error() -> None:
+    for name in ("mean", "std"):
+        with pytest.raises(ValueError, match="no latents were counted"):
+            getattr(ChannelStats(4), name)

@@ -131,18 +131,55 @@ def test_without_training_data_statistics_come_from_latents(road: Road, tmp_path
     assert read_manifest(tmp_path / "second").mean == read_manifest(tmp_path / "first").mean
 
 
+@pytest.mark.parametrize(("damaged", "readable"), [(4, 0), (3, 3)])
+def test_statistics_of_too_few_clips_are_refused(
+    road: Road, tmp_path: Path, damaged: int, readable: int
+) -> None:
+    pixels = tmp_path / "pixels"
+    shutil.copytree(road.pixels, pixels)
+    vae = write_vae_run(tmp_path / "vae", pixels)
+    for shard in sorted(pixels.glob("*.tar"))[:damaged]:
+        damage(shard, 3)
+    with pytest.raises(ValueError, match=rf"over 12 clips .* only {readable} can be read"):
+        encode_shards(vae, road.val, tmp_path / "out", small_text())
+    assert not list(vae.glob("latent_stats-*")) and not (tmp_path / "out").exists()
+
+
+def test_statistics_of_some_clips_say_of_how_many(road: Road, tmp_path: Path) -> None:
+    pixels = tmp_path / "pixels"
+    shutil.copytree(road.pixels, pixels)
+    vae = write_vae_run(tmp_path / "vae", pixels)
+    damage(sorted(pixels.glob("*.tar"))[0], 2)
+    encode_shards(vae, road.val, tmp_path / "out", small_text())
+    assert read_manifest(tmp_path / "out").stats_clips == 10
+    (kept,) = vae.glob("latent_stats-*")
+    fields = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**fields, "std": [1e-6] * 4, "num_clips": 0}))
+    encode_shards(vae, road.val, tmp_path / "again", small_text())
+    assert read_manifest(tmp_path / "again") == replace(
+        read_manifest(tmp_path / "out"), versions=read_manifest(tmp_path / "again").versions
+    )
+    assert json.loads(kept.read_text()) == fields
+
+
 def test_a_damaged_clip_is_counted(road: Road, tmp_path: Path) -> None:
     pixels = tmp_path / "pixels"
     shutil.copytree(road.pixels, pixels)
     shard = sorted(pixels.glob("*.tar"))[1]
-    span = scan_shard(shard)[0].members["mp4"]
-    data = bytearray(shard.read_bytes())
-    data[span.offset + span.size // 2] ^= 255
-    shard.write_bytes(data)
+    damage(shard, 1)
     report = encode_shards(road.vae, pixels, tmp_path / "out", small_text())
     assert (report.num_samples, report.num_skipped) == (11, 1)
     skipped = [json.loads(x) for x in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert skipped[0]["key"] == scan_shard(shard)[0].key and skipped[0]["reason"]
+
+
+def damage(shard: Path, count: int) -> None:
+    """Flip a byte in the videos of the first clips of a shard."""
+    data = bytearray(shard.read_bytes())
+    for sample in scan_shard(shard)[:count]:
+        span = sample.members["mp4"]
+        data[span.offset + span.size // 2] ^= 255
+    shard.write_bytes(data)
 
 
 def payload(reader: ShardReader, folder: Path, row: dict) -> bytes:
