@@ -26,6 +26,7 @@ from longtake.data.shards import ShardWriter
 from longtake.data.shards.storage import join, parse_root, read_file
 
 MANIFEST = "latents.json"
+VAE_HASH = "vae_hash"  # in each key.json: tars are moved between folders
 EMPTY_TEXT = "empty_text.safetensors"
 TEXT_CACHES = ("tokens", "embeddings")
 
@@ -166,7 +167,8 @@ def latent_members(
         SampleError: meta that is incomplete, values that are not finite.
     """
     captions = {k: caption for k, caption in meta["captions"].items() if k in sample.text}
-    encoded = json.dumps({**meta, "captions": captions}).encode()
+    made_by = {VAE_HASH: manifest.vae_hash}
+    encoded = json.dumps({**meta, "captions": captions, **made_by}).encode()
     parsed = parse_meta("json", encoded)
     for name in ("frames", "height", "width", "fps"):
         parsed.number(name)
@@ -258,6 +260,21 @@ def refuse_other_vae(manifest: LatentManifest, vae_hash: str) -> None:
         raise ValueError(
             f"the latents were made by VAE {manifest.vae_hash}, this run uses VAE {vae_hash}; "
             "run `longtake encode` with this VAE, or point the config at the other"
+        )
+
+
+def refuse_foreign_sample(manifest: LatentManifest, fields: Mapping[str, Any], where: str) -> None:
+    """Samples of folders that were encoded before their json named the VAE pass.
+
+    Raises:
+        ValueError: the sample's json names another VAE than the manifest of its folder.
+    """
+    made_by = fields.get(VAE_HASH)
+    if made_by is not None and made_by != manifest.vae_hash:
+        raise ValueError(
+            f"{where}: its latents were made by VAE {made_by}, {MANIFEST} of its folder says VAE "
+            f"{manifest.vae_hash}; keep the latents of each VAE in a folder of their own, as "
+            "`longtake encode` writes them"
         )
 
 

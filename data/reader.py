@@ -11,13 +11,19 @@ from torch import Tensor
 from longtake.data.config import DataConfig
 from longtake.data.decode import DecodeError, decode_clip
 from longtake.data.decode.guard import DecodeGuard
-from longtake.data.latents import LatentManifest, decode_sample, normalise, read_manifest
+from longtake.data.latents import (
+    LatentManifest,
+    decode_sample,
+    normalise,
+    read_manifest,
+    refuse_foreign_sample,
+)
 from longtake.data.plan.planned import PlannedSample
 from longtake.data.plan.tables import Record, SampleTable
 from longtake.data.samples import LATENT_EXTENSION, SampleError, SampleMeta, combine_meta
 from longtake.data.segments import Segment
 from longtake.data.shards import ShardError, Span
-from longtake.data.shards.storage import Shards
+from longtake.data.shards.storage import Shards, join
 from longtake.data.transforms import covering_size, crop_clip
 
 
@@ -88,6 +94,7 @@ class SampleReader:
         Raises:
             BadSample: content other than indexed, a caption or payload that cannot be read.
             StorageError: the shards cannot be reached, which is no fault of the sample.
+            ValueError: latents of another VAE than the folder's, which is none either.
         """
         source = self._sources[sample.dataset]
         try:
@@ -98,6 +105,8 @@ class SampleReader:
             clip = Clip(sample, caption, sample.fps, scores=meta.scores())
             clip.truth = meta.fields.get("truth")
             if source.ext(sample.row) == LATENT_EXTENSION:
+                shard, key = source.shard(sample.row), sample.key
+                refuse_foreign_sample(source.manifest, meta.fields, f"{shard}: {key}")
                 self._fill_latents(clip, source, payload)
             else:
                 self._fill_video(clip, source, payload)
@@ -168,6 +177,10 @@ class _Source:
 
     def ext(self, row: int) -> str:
         return self.table.info.extensions[self.table.rows["ext"][row]]
+
+    def shard(self, row: int) -> str:
+        """The tar of a sample: its path or URL."""
+        return join(self.table.root, self.table.info.shards[self.table.record(row).shard][0])
 
     def members(self, row: int) -> tuple[bytes, SampleMeta]:
         """Payload and captions, as they were when they were indexed."""

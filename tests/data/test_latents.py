@@ -135,6 +135,33 @@ def test_latents_of_another_vae_are_refused_with_both_hashes(tmp_path: Path) -> 
         refuse_other_vae(manifest, "vae-b")
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_tar_of_another_vae_stops_the_run_with_both_hashes(
+    tmp_path: Path, num_workers: int
+) -> None:
+    _write(tmp_path)
+    with LatentWriter(
+        tmp_path / "shard-000005.tar", replace(_manifest(), vae_hash="vae-b")
+    ) as writer:
+        for index in range(5, 10):
+            cached: dict[str, Tensor] = dict.fromkeys(("dense", "short"), torch.arange(3))
+            writer.write(f"clip{index:03d}", LatentSample(_latents(index), cached), _meta(index))
+    build_catalogue(tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"shard-000005\.tar: clip00.* VAE vae-b, .* VAE vae-a;"):
+        _load(_plan(tmp_path), 8, num_workers)
+
+
+def test_latents_whose_json_names_no_vae_are_read(tmp_path: Path) -> None:
+    _write(tmp_path / "new", 2)
+    tensors = {"latents": _latents(0).bfloat16(), "text.dense": torch.arange(3)}
+    meta = {**_meta(0), "captions": {"dense": "old"}}
+    members = {"safetensors": save(tensors), "json": json.dumps(meta).encode()}
+    folder = write_shards(tmp_path / "old", [(f"c{i}", members) for i in range(8)])
+    shutil.copy(tmp_path / "new" / "latents.json", folder)
+    build_catalogue(folder, progress=False)
+    assert not any(batch.excluded for batch in _load(_plan(folder), 2))
+
+
 def test_a_bucket_that_was_not_encoded_names_the_command(tmp_path: Path) -> None:
     _write(tmp_path)
     with pytest.raises(ValueError, match=r"17x32x32 can never fill: 0 samples.*longtake encode"):
