@@ -206,6 +206,8 @@ def build(prepared: Prepared, ranks: Ranks) -> Training:
     config, folder, plan = prepared.config, prepared.folder, prepared.plan
     torch.manual_seed(config.seed)  # the initial weights, alike on every rank
     task = _build_task(config, folder, ranks)
+    if isinstance(task, VAETask) and task.distance is not None and prepared.validation is not None:
+        task.distance.check_pass(prepared.validation)
     writer = _open_writer(config, folder, ranks)
     last = _find_last(config, writer, ranks)
     started = _start(task, config) if last is None else []

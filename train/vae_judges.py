@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from longtake.data.loader import Clip
+from longtake.data.plan.val_plan import ValPlan
 from longtake.data.world import score_clip
+from longtake.train.checks import require
 from longtake.train.fidelity import VideoDetector, check_enough_clips, frechet_distance
 from longtake.train.playback import to_frames
 from longtake.train.ranks import Ranks
@@ -47,12 +49,29 @@ class ReconstructionDistance:
         """ValueError for a detector that cannot take the buckets, or for too few clips."""
         self.ranks = ranks
         self.detector = VideoDetector(Path(path), ranks.device, FVD_KEY)
-        for bucket in config.data.buckets:
-            if bucket.frames > 1:
-                shape = bucket.frames, bucket.height, bucket.width
-                size = self.detector(torch.zeros(1, 3, *shape)).shape[1]
-                check_enough_clips(config.validation.num_samples, size, FVD_KEY)
+        shapes = [(b.frames, b.height, b.width) for b in config.data.buckets if b.frames > 1]
+        require(
+            len(shapes) > 0,
+            f"{FVD_KEY}={path} needs clips of more than one frame, data.buckets has images only: "
+            "set it to null",
+        )
+        self.num_features = max(
+            self.detector(torch.zeros(1, 3, *shape)).shape[1] for shape in shapes
+        )
+        check_enough_clips(config.validation.num_samples, self.num_features, FVD_KEY)
         self.clear()
+
+    def check_pass(self, plan: ValPlan) -> None:
+        """ValueError where a validation pass shows too few clips that are no images."""
+        frames = [s.shape[0] for batch in plan.micro_batches(0, 1) for s in batch.samples]
+        videos = sum(count > 1 for count in frames)
+        require(
+            videos > self.num_features,
+            f"validation.num_samples={plan.num_samples} takes {videos} videos and "
+            f"{len(frames) - videos} images of data.val; the {self.num_features} features of the "
+            f"detector of {FVD_KEY} need more than {self.num_features} videos: raise it, give more "
+            f"videos, or set {FVD_KEY} to null",
+        )
 
     def clear(self) -> None:
         """Forget all clips: a new pass begins."""
@@ -65,10 +84,10 @@ class ReconstructionDistance:
                 features += self.detector(clips).tolist()
 
     def value(self) -> float:
-        """The distance over all ranks' clips, on every rank; ValueError for too few of them."""
+        """The distance over all ranks' clips, on every rank; ValueError where too few were read."""
         gathered = self.ranks.gather(self._features)
         truth, drawn = (
             torch.tensor([row for rank in gathered for row in rank[side]]) for side in (0, 1)
         )
-        check_enough_clips(len(truth), truth.shape[-1], FVD_KEY)
+        check_enough_clips(len(truth), self.num_features, FVD_KEY)
         return frechet_distance(truth, drawn)

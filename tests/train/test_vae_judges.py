@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longtake.data.plan.planned import PlannedSample
+from longtake.data.plan.val_plan import ValPlan
 from longtake.data.reader import Clip
 from longtake.data.world import make_clip
 from longtake.launch.compose import compose
@@ -17,7 +18,7 @@ from longtake.train.schema import VAERun
 from longtake.train.vae_judges import ReconstructionDistance, world_scores
 from longtake.train.vae_task import VAETask
 from tests.train.metric_weights import save_detector
-from tests.train.small_runs import COMMON, FRAMES, SIDE, VAE_SIZES, write_world
+from tests.train.small_runs import BUCKET, COMMON, FRAMES, SIDE, VAE_SIZES, write_world
 from tests.train.tiny_runs import losses, tree
 
 SHAPE = FRAMES, SIDE, SIDE
@@ -101,3 +102,31 @@ def test_what_is_not_measured_is_said_and_what_cannot_be_is_refused(tmp_path: Pa
     detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
     with pytest.raises(ValueError, match=r"FVD of 3 clips.*leave out validation\.fvd_weights"):
         VAETask(config_of(tmp_path, detector, "validation.num_samples=3"), single_process())
+
+
+def test_rfvd_of_images_is_refused_at_the_start(tmp_path: Path) -> None:
+    detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
+    still = f"{{frames:1,height:{SIDE},width:{SIDE},batch_size:2}}"
+    with pytest.raises(ValueError, match=r"fvd_weights=.* data\.buckets has images only"):
+        VAETask(config_of(tmp_path, detector, f"data.buckets=[{still}]"), single_process())
+
+
+def test_only_videos_count_for_rfvd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_world(tmp_path / "world", num_clips=6)
+    write_world(tmp_path / "stills", num_clips=6, frames=1)
+    both = f"[{{path:{tmp_path}/world}},{{path:{tmp_path}/stills}}]"
+    mixed = (
+        f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}",
+        f"data.buckets=[{BUCKET},{{frames:1,height:{SIDE},width:{SIDE},batch_size:2}}]",
+        f"data.train={both}",
+        f"data.val={both}",
+        "validation.num_samples=6",
+    )
+    assert run(tree(options(tmp_path, *mixed))) == 1
+    said = capsys.readouterr().err
+    assert "validation.num_samples=6 takes 3 videos and 3 images of data.val" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    config = config_of(tmp_path, *mixed, "validation.num_samples=8")
+    distance = VAETask(config, single_process()).distance
+    assert distance is not None
+    distance.check_pass(ValPlan.from_config(config.data, config.seed, 8))
