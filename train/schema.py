@@ -300,6 +300,9 @@ class VAERun(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.cuts <= 1, f"cuts={self.cuts} must lie in [0, 1]")
+        for name in ("in_channels", "out_channels"):
+            channels = getattr(self.vae, name)
+            require(channels == 3, f"vae.{name}={channels} must be 3 (RGB)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,8 @@ def test_types_are_those_of_the_schema() -> None:
         (["data.train.0.path=null"], ["data.train.0.path"]),
         (["data.buckets=[]"], ["data.buckets"]),
         (["stage=vae", "vae.temporal_downsample=[]"], ["vae.temporal_downsample"]),
+        (["stage=vae", "vae.in_channels=4"], ["vae.in_channels=4 must be 3 (RGB)"]),
+        (["stage=vae", "vae.out_channels=1"], ["vae.out_channels=1 must be 3 (RGB)"]),
         (["stage=vae", "+model.depth=3"], ["model", "unknown"]),
         (["stage=vae", "export.required=true"], ["export.required"]),
         (["export.required=true", "text.kind=words"], ["text.kind=words", "bytes"]),
