@@ -54,15 +54,10 @@ class Adversary:
     """Discriminator with engine, losses and figures. All ranks call everything alike."""
 
     def __init__(self, config: VAERun, ranks: Ranks) -> None:
-        """ValueError for a bucket too small to be judged, or a strategy that cannot do it."""
+        """ValueError for a bucket too small to be judged."""
         settings = config.discriminator
         for bucket in config.data.buckets:
             settings.network.check_size(bucket.height, bucket.width)
-        if settings.r1 > 0 and settings.r1_kind == "exact" and config.engine.strategy != "ddp":
-            raise ValueError(
-                f"discriminator.r1_kind=exact needs double backward, which engine.strategy="
-                f"{config.engine.strategy} has no path for: use finite_difference, or ddp"
-            )
         self.settings, self.term, self._loss = settings, config.loss.adversarial, config.loss
         self.optim = replace(
             config.optim, lr=settings.lr, betas=settings.betas, weight_decay=0.0, muon=[]

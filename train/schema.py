@@ -303,6 +303,13 @@ class VAERun(RunConfig):
         for name in ("in_channels", "out_channels"):
             channels = getattr(self.vae, name)
             require(channels == 3, f"vae.{name}={channels} must be 3 (RGB)")
+        is_exact = self.discriminator.r1 > 0 and self.discriminator.r1_kind == "exact"
+        plays, strategy = self.loss.adversarial.weight > 0, self.engine.strategy
+        require(
+            not (plays and is_exact) or strategy == "ddp",
+            f"discriminator.r1_kind=exact needs double backward, which engine.strategy={strategy} "
+            "has no path for: use finite_difference, or ddp",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
