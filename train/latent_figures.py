@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from longtake.models.vae import Posterior
 from longtake.train.tasks import Means
 
 HIDDEN = "latent."  # names of raw sums, which the summary takes away
-DEAD_STD = 0.05  # of the liveliest channel's: one that varies less carries nothing
+DEAD_SIGNAL = 0.01  # share of a channel's variance: one whose mean varies less carries nothing
 
 
 class LatentFigures:
@@ -21,20 +22,28 @@ class LatentFigures:
     `latent_kurtosis_max` (3 for a normal one), `latent_dead`: share of channels that carry nothing,
     `latent_fine`: share of power above half of the highest spatial frequency (white noise has about
     3/4; what a diffusion model cannot predict hides there, arXiv 2502.14831), and per channel
-    `latent_channel/03/std`.
+    `latent_channel/03/std` and `latent_channel/03/signal`.
+
+    The signal of a channel is the variance of its posterior mean in that of a posterior sample,
+    var(μ) / (var(μ) + E[σ²]). It is the activity of arXiv 1509.00519 §5.2, var(μ) > 0.01, for
+    samples of any variance: the prior's 1, which that threshold is meant for, holds under a strong
+    KL term only.
     """
 
     def __init__(self, z_dim: int) -> None:
         self.z_dim = z_dim
 
-    def add(self, means: Means, latents: Tensor) -> None:
-        """Count posterior means (B, Z, T, H, W), fp32."""
-        values = latents.double().transpose(0, 1).flatten(1)  # (Z, B·T·H·W)
+    def add(self, means: Means, posterior: Posterior) -> None:
+        """Count posteriors over (B, Z, T, H, W)."""
+        values = _by_channel(posterior.mean)
         count = values.shape[1]
+        noise = _by_channel(posterior.logvar).exp().sum(1)
+        for channel, total in enumerate(noise.tolist()):
+            means.add(f"{HIDDEN}noise.{channel}", total, count)
         for power in range(1, 5):
             for channel, total in enumerate(values.pow(power).sum(1).tolist()):
                 means.add(f"{HIDDEN}{power}.{channel}", total, count)
-        fine, whole = fine_power(latents)
+        fine, whole = fine_power(posterior.mean)
         if whole > 0:
             means.add("latent_fine", fine, whole)
 
@@ -47,13 +56,15 @@ class LatentFigures:
             [means[f"{HIDDEN}{power}.{channel}"] for channel in range(self.z_dim)]
             for power in range(1, 5)
         )
-        stds, kurtoses = [], []
-        for m1, m2, m3, m4 in zip(first, second, third, fourth, strict=True):
+        noises = [means[f"{HIDDEN}noise.{channel}"] for channel in range(self.z_dim)]
+        stds, kurtoses, signals = [], [], []
+        for m1, m2, m3, m4, noise in zip(first, second, third, fourth, noises, strict=True):
             variance = max(m2 - m1**2, 0.0)
             central = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
             stds.append(math.sqrt(variance))
             kurtoses.append(central / variance**2 if variance > 0 else 0.0)
-        dead = sum(std <= DEAD_STD * max(stds) for std in stds) / len(stds)
+            signals.append(variance / (variance + noise))
+        dead = sum(signal <= DEAD_SIGNAL for signal in signals) / len(signals)
         row |= {
             "latent_std": sum(stds) / len(stds),
             "latent_std_min": min(stds),
@@ -62,10 +73,15 @@ class LatentFigures:
             "latent_kurtosis_max": max(kurtoses),
             "latent_dead": dead,
         }
-        for channel, (mean, std, kurtosis) in enumerate(zip(first, stds, kurtoses, strict=True)):
-            name = f"latent_channel/{channel:02d}"
-            row |= {f"{name}/mean": mean, f"{name}/std": std, f"{name}/kurtosis": kurtosis}
+        figures = {"mean": first, "std": stds, "kurtosis": kurtoses, "signal": signals}
+        for figure, values in figures.items():
+            for channel, value in enumerate(values):
+                row[f"latent_channel/{channel:02d}/{figure}"] = value
         return row
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.double().transpose(0, 1).flatten(1)  # (Z, B·T·H·W)
 
 
 def fine_power(latents: Tensor) -> tuple[float, float]:

@@ -166,7 +166,7 @@ class VAETask:
                     means.add(key, value, 1)
             if self.distance is not None:
                 self.distance.add((pixels + 1) / 2, (video + 1) / 2)
-            latents.add(means, posterior.mean.float())
+            latents.add(means, posterior)
         if self.distance is not None:
             means.add("rfvd", self.distance.value(), 1)
         return means

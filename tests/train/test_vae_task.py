@@ -1,5 +1,6 @@
 """What a VAE run starts from, what stays frozen, and what its validation says of its latents."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from longtake.data.plan.planned import PlannedSample
 from longtake.models.interop import vae_to_diffusers
-from longtake.models.vae import VAE
+from longtake.models.vae import VAE, Posterior
 from longtake.train import checkpoint
 from longtake.train.config import parse_config
 from longtake.train.init_from import start_from
@@ -176,14 +177,23 @@ def test_latent_figures_add_up_over_batches() -> None:
     figures = LatentFigures(3)
     halves = [Means(figures.summary), Means(figures.summary)]
     for means, part in zip(halves, latents.chunk(2), strict=True):
-        figures.add(means, part)
+        figures.add(means, Posterior(part, torch.full_like(part, math.log(0.25))))
     row = halves[0].merged([dict(means.sums) for means in halves])
     assert row["latent_channel/00/mean"] == pytest.approx(5, abs=0.1)
     assert row["latent_channel/00/std"] == pytest.approx(2, rel=0.05)
+    assert row["latent_channel/00/signal"] == pytest.approx(4 / 4.25, abs=0.01)
     assert row["latent_channel/01/kurtosis"] == pytest.approx(3, rel=0.1)
     assert row["latent_dead"] == pytest.approx(1 / 3)
     assert row["latent_fine"] == pytest.approx(0.72, abs=0.02)  # white noise
     assert not any(name.startswith("latent.") for name in row)
+
+
+@pytest.mark.parametrize(("std", "noise", "dead"), [(1e-4, 1.0, 1), (1e-4, 0.05, 1), (1, 0.05, 0)])
+def test_a_collapse_of_all_channels_is_seen(std: float, noise: float, dead: float) -> None:
+    mean = std * torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    means = Means(LatentFigures(3).summary)
+    LatentFigures(3).add(means, Posterior(mean, torch.full_like(mean, 2 * math.log(noise))))
+    assert means.merged([dict(means.sums)])["latent_dead"] == dead
 
 
 def test_smooth_latents_have_no_fine_detail() -> None:
