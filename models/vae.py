@@ -186,8 +186,23 @@ def check_layout(x: Tensor, channels: int, what: str) -> None:
         raise ValueError(f"{what} of shape {tuple(x.shape)}: expected (B, {channels}, T, H, W)")
 
 
+def check_finite(x: Tensor, what: str, first_frame: int = 0) -> None:
+    """ValueError unless all of x (B, C, T, H, W) is finite; waits for the device."""
+    finite = x.isfinite().transpose(1, 2).flatten(2).all(2)  # (B, T)
+    if not finite.all():
+        sample, frame = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"{what}: sample {sample} has values that are not finite in frame "
+            f"{first_frame + frame}, and all must be: decode or normalise it again"
+        )
+
+
 class VAE(nn.Module):
-    """Video VAE; see the module's docstring. `encode` and `decode` are differentiable."""
+    """Video VAE; see the module's docstring. `encode` and `decode` are differentiable.
+
+    They do not look whether values are finite, which would wait for the device in each step of a
+    training; `longtake.models.vae_bounded` and `vae_streaming` do.
+    """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

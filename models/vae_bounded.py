@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from longtake.models.vae import VAE, Posterior
+from longtake.models.vae import VAE, Posterior, check_finite, check_layout
 from longtake.models.vae_streaming import Tiling, stream_decode, stream_encode
 
 MAX_BYTES = 2**32
@@ -21,7 +21,9 @@ MAX_BYTES = 2**32
 
 @torch.no_grad()
 def encode_bounded(vae: VAE, x: Tensor, max_bytes: int = MAX_BYTES) -> Posterior:
-    """`vae.encode` of pixels (B, C, T, H, W) of any length."""
+    """`vae.encode` of pixels (B, C, T, H, W) of any length; ValueError unless all are finite."""
+    check_layout(x, vae.config.in_channels, "video")
+    check_finite(x, "video")
     frames = max(1, max_bytes // _frame_bytes(vae, *x.shape[3:]))
     if x.shape[2] > frames:
         chunk = max(frames // vae.strides[0], 1) * vae.strides[0]
@@ -33,7 +35,10 @@ def encode_bounded(vae: VAE, x: Tensor, max_bytes: int = MAX_BYTES) -> Posterior
 
 @torch.no_grad()
 def decode_bounded(vae: VAE, z: Tensor, max_bytes: int = MAX_BYTES) -> Tensor:
-    """`vae.decode` of latents (B, Z, T', H', W') of any length and size."""
+    """`vae.decode` of latents (B, Z, T', H', W') of any length and size; ValueError unless all
+    are finite."""
+    check_layout(z, vae.config.z_dim, "latents")
+    check_finite(z, "latents")
     time, space, _ = vae.strides
     height, width = z.shape[3] * space, z.shape[4] * space
     frame_bytes = _frame_bytes(vae, height, width)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longtake.models.vae import VAE, Posterior, check_layout
+from longtake.models.vae import VAE, Posterior, check_finite, check_layout
 from longtake.models.vae_config import VAEConfig
 from longtake.models.vae_conv import Stream
 
@@ -162,12 +162,6 @@ def _checked(chunks: Iterable[Tensor], channels: int, what: str) -> Iterator[Ten
                 f"{what}: a chunk has batch, height, width {(batch, height, width)}, the clip "
                 f"began with {first}: they must stay the same"
             )
-        finite = chunk.isfinite().transpose(1, 2).flatten(2).all(2)  # (B, T)
-        if not finite.all():
-            sample, frame = (~finite).nonzero()[0].tolist()
-            raise ValueError(
-                f"{what}: sample {sample} has values that are not finite in frame "
-                f"{frames + frame}: decode or normalise it again"
-            )
+        check_finite(chunk, what, frames)
         frames += chunk.shape[2]
         yield chunk

@@ -43,6 +43,34 @@ def test_frames_that_are_too_large_are_decoded_in_tiles(monkeypatch: pytest.Monk
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("frames_at_once", [1, 40])
+def test_values_that_are_not_finite_are_refused_at_any_size(frames_at_once: int) -> None:
+    vae = make_vae(CONFIGS["4x4x4"])
+    x, z = video(17, 16, 16, batch=3), torch.randn(3, 3, 5, 4, 4)
+    x[1, 0, 6, 3, 2] = torch.nan
+    z[2, 1, 4, 0, 0] = -torch.inf
+    said = "sample {} has values that are not finite in frame {}, and all must be"
+    with pytest.raises(ValueError, match="video: " + said.format(1, 6)):
+        encode_bounded(vae, x, frames_at_once * FRAME)
+    with pytest.raises(ValueError, match="latents: " + said.format(2, 4)):
+        decode_bounded(vae, z, frames_at_once * FRAME)
+    with pytest.raises(ValueError, match=r"video of shape \(3, 4, 17, 16, 16\): expected"):
+        encode_bounded(vae, torch.cat((x, x[:, :1]), 1))
+
+
+def test_a_training_pass_does_not_wait_to_look_at_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, x, noise = make_vae(CONFIGS["4x4x4"]), video(5, 16, 16), torch.zeros(1, 3, 2, 4, 4)
+
+    def refuse(_: Tensor) -> None:
+        raise AssertionError("waits for the device")
+
+    for name in ("__bool__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    vae(x, noise)
+    with pytest.raises(AssertionError, match="waits"):
+        encode_bounded(vae, x)
+
+
 def record(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Pixels of every later pass, in frames of 16×16."""
     sizes: list[float] = []
