@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,15 @@ def test_links_and_pictures_are_there() -> None:
             path = ROOT / target
             assert path.exists(), target
             assert path.suffix != ".png" or path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", ["vae_wan", "vae_wan_decoder"])
+def test_every_number_of_the_recipe_has_its_reason(name: str) -> None:
+    """As docs/vae.md says: beside it, or in a comment right above."""
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    bare = [
+        line
+        for above, line in pairwise(text.splitlines())
+        if re.search(r"[:\[] .*\d", line) and "#" not in f"{line}{above.strip()[:1]}"
+    ]
+    assert not bare
