@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from longtake.data.config import BucketConfig, DatasetConfig
+from longtake.data.config import BucketConfig, CostConfig, DatasetConfig
 from longtake.data.plan.val_plan import ValPlan
 from tests.data.test_plan import _config, _samples
 from tests.data.toy import synthetic_catalogue
@@ -51,3 +51,19 @@ def test_validation_sees_every_dataset_and_bucket() -> None:
         [small], replace(config, val=config.val[:1]), 0, 40
     ).micro_batches(0, 1)
     assert [s.row for s in _samples(everything)] == list(range(40))
+
+
+def test_a_pack_of_validation_is_within_the_cap_whatever_its_batch_size() -> None:
+    catalogue = synthetic_catalogue([20, 20], [(5, 16, 16), (1, 16, 16)])
+    config = replace(
+        _config([BucketConfig(5, 16, 16, 16), BucketConfig(1, 16, 16)], 2),
+        cost=CostConfig(token=[1, 4, 4], max_tokens=300),
+        pack=True,
+        val=[DatasetConfig("nowhere")],
+    )
+    batches = ValPlan.from_catalogues([catalogue], config, 0, 40).micro_batches(0, 1)
+    most: dict[tuple[int, int, int], int] = {}
+    for batch in batches:
+        (shape,) = {sample.shape for sample in batch.samples}
+        most[shape] = max(most.get(shape, 0), len(batch.samples))
+    assert most == {(5, 16, 16): 3, (1, 16, 16): 18}  # of 80 and 16 tokens
