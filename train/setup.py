@@ -335,7 +335,8 @@ def _start(task: VAETask | DiTTask, config: VAERun | DiTRun) -> list[str]:
     """Weights of init_from, if any; what is to be said of it."""
     if config.init_from is None:
         return []
-    return [start_from(task.module, config.init_from, config.init_names)]
+    prediction = {"prediction": task.prediction} if isinstance(task, DiTTask) else {}
+    return [start_from(task.module, config.init_from, config.init_names, **prediction)]
 
 
 def _resume(

@@ -1,20 +1,25 @@
 """What a DiT run starts from: another run or public weights, whole or by name, never in silence."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from longtake.models.dit import DiT
-from longtake.models.interop import dit_to_diffusers
+from longtake.models.interop import dit_to_diffusers, vae_to_diffusers
 from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.models.vae_config import VAEConfig
 from longtake.train import checkpoint
+from longtake.train.codec import Codec
+from longtake.train.dit_task import DiTTask
 from longtake.train.init_from import start_from
 from longtake.train.runs import load_dit
 from longtake.train.schema import DiTRun
+from longtake.train.setup import _start
 from longtake.train.text_to_video import TextToVideo
 from tests.train.small_runs import shake, write_dit_run
 
@@ -32,7 +37,7 @@ def config(run: Path) -> DiTRun:
     return load_dit(run).config
 
 
-def make(config: DiTRun, **sizes: int) -> TextToVideo:
+def make(config: DiTRun, **sizes: Any) -> TextToVideo:
     torch.manual_seed(7)
     dit = DiT(replace(config.model, **sizes))
     module = TextToVideo(dit, TextEncoder(config.text), config.text.max_length)
@@ -95,6 +100,76 @@ def test_what_does_not_fit_is_listed_and_nothing_taken(run: Path, config: DiTRun
     assert "patch_embed" not in str(caught.value)
     same = make(config, depth=1, in_channels=6, out_channels=6)
     assert all(map(torch.equal, module.state_dict().values(), same.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("key", "there", "here", "part"),
+    [
+        ("num_heads", 2, 4, ["dit.blocks.*.mlp.*"]),
+        ("eps", 1e-6, 1e-5, ["dit.patch_embed.*"]),
+        ("absolute_positions", 0.0, 6.0, ["dit.head.*"]),
+        ("patch_size", (1, 2, 2), (1, 1, 4), BLOCKS),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(
+    run: Path, config: DiTRun, key: str, there: object, here: object, part: list[str]
+) -> None:
+    """Names and shapes are alike; a part that the key does not concern can be taken."""
+    module = make(config, **{key: here})
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    line = f"model.{key} is {there} there, the config has {here}"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        start_from(module, str(run))
+    assert all(torch.equal(before[name], x) for name, x in module.state_dict().items())
+    start_from(module, str(run), part)
+    dit_to_diffusers(make(config).dit).save_pretrained(folder := run.parent / "public")
+    with pytest.raises(ValueError, match=re.escape(line)):
+        start_from(module, str(folder), ["dit.*"])
+
+
+def test_another_prediction_takes_no_head(run: Path, config: DiTRun) -> None:
+    module, line = make(config), "prediction is velocity there, the config has clean"
+    with pytest.raises(ValueError, match=line):
+        start_from(module, str(run), prediction="clean")
+    start_from(module, str(run), BLOCKS, prediction="clean")
+    started = replace(config, prediction="clean", init_from=str(run))
+    task = DiTTask(started, torch.device("cpu"), Codec(4, (1, 1, 1), torch.zeros(4), torch.ones(4)))
+    with pytest.raises(ValueError, match=line):
+        _start(task, started)
+
+
+def test_a_text_encoder_of_other_tokens_is_refused(run: Path, config: DiTRun) -> None:
+    module = make(replace(config, text=replace(config.text, kind="words")))
+    with pytest.raises(ValueError, match=r"text\.kind is bytes there, the config has words"):
+        start_from(module, str(run))
+    start_from(module, str(run), ["dit.*"])
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "line"),
+    [
+        ({}, {"residual": True}, "vae.residual is False there, the config has True"),
+        (
+            {"in_channels": 12, "out_channels": 12},
+            {"patch_size": 2},
+            "vae.patch_size is 1 there, the config has 2",
+        ),
+        (
+            {},
+            {"temporal_downsample": (False, True)},
+            "vae.temporal_downsample is (True, False) there, the config has (False, True)",
+        ),
+    ],
+)
+def test_a_vae_that_would_compute_something_else_is_refused(
+    there: dict[str, Any], here: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    sizes = VAEConfig(8, 4, (1, 1, 1), (True, False), 1)
+    theirs = VAE(replace(sizes, **there))
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae_to_diffusers(theirs, **statistics).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(line)):
+        start_from(VAE(replace(sizes, **here)), str(tmp_path))
 
 
 def test_wrong_patterns_and_stages_are_refused(run: Path, config: DiTRun) -> None:
