@@ -278,6 +278,22 @@ def refuse_foreign_sample(manifest: LatentManifest, fields: Mapping[str, Any], w
         )
 
 
+def refuse_other_stats(folder: Path | str, other: Path | str) -> None:
+    """Raises:
+    ValueError: the latents of the two folders are not normalised alike.
+    """
+    manifests = (read_manifest(folder), read_manifest(other))
+    for name in ("mean", "std"):
+        for channel, (a, b) in enumerate(zip(*(getattr(m, name) for m in manifests), strict=True)):
+            if a != b:
+                places = [join(parse_root(place), MANIFEST) for place in (folder, other)]
+                raise ValueError(
+                    f"{places[0]} has {name}[{channel}]={a}, {places[1]} has {b}: latents of a run "
+                    "must be normalised alike; run `longtake encode` for the second folder with "
+                    f"--stats-from {folder}"
+                )
+
+
 def refuse_missing_segments(
     manifest: LatentManifest, wanted: Iterable[str], folder: Path | str
 ) -> None:

@@ -18,6 +18,7 @@ from longtake.data.latents import (
     read_empty_text,
     read_manifest,
     refuse_missing_segments,
+    refuse_other_stats,
     refuse_other_vae,
 )
 from longtake.data.plan import Plan, rank_slots
@@ -134,11 +135,13 @@ def _check_latents(config: VAERun | DiTRun) -> None:
     """Cached latents and text must be of the kind and size the model takes."""
     if isinstance(config, VAERun) or config.codec == "identity":
         return
-    first = read_manifest(config.data.train[0].path).vae_hash
+    place = config.data.train[0].path
+    first = read_manifest(place).vae_hash
     for name, datasets in (("train", config.data.train), ("val", config.data.val)):
         for index, dataset in enumerate(datasets):
             manifest = read_manifest(dataset.path)
             refuse_other_vae(manifest, first)
+            refuse_other_stats(place, dataset.path)
             check_text(manifest, config, Path(dataset.path))
             refuse_missing_segments(manifest, needed_segments(config, manifest), dataset.path)
             model, made = config.model, manifest.z_dim
@@ -149,11 +152,11 @@ def _check_latents(config: VAERun | DiTRun) -> None:
                 f"be {taken} and {made} for the latents in data.{name}.{index}.path={dataset.path}",
             )
     if not config.text.is_trained:
-        width = read_empty_text(config.data.train[0].path).shape[1]
+        width = read_empty_text(place).shape[1]
         require(
             config.model.text_dim == width,
             f"model.text_dim={config.model.text_dim} must be {width}, the width of the cached text "
-            f"in data.train.0.path={config.data.train[0].path} (and text.d_model with it)",
+            f"in data.train.0.path={place} (and text.d_model with it)",
         )
 
 

@@ -258,6 +258,18 @@ def test_latents_that_do_not_fit_are_refused_before_anything_starts(
         check(parsed(bare, only("join"), "given.dropout=0.1"))
 
 
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_latents_normalised_otherwise_are_refused(latents: Path, tmp_path: Path, name: str) -> None:
+    other, manifest = tmp_path / "other", read_manifest(latents)
+    shutil.copytree(latents, other)
+    values = [value + 0.5 for value in getattr(manifest, name)]
+    write_manifest(other, replace(manifest, **{name: values}))
+    there, here = latents / "latents.json", other / "latents.json"
+    said = rf"{there} has {name}\[0\]=.*{here} has .*--stats-from {latents}$"
+    with pytest.raises(ValueError, match=said):
+        check(parsed(latents, f"data.val.0.path={other}"))
+
+
 @pytest.mark.parametrize("dropout", [0, 0.1])
 def test_ends_are_drawn_and_dropped_each_by_itself(latents: Path, dropout: float) -> None:
     manifest = replace(read_manifest(latents), strides=(4, 8, 8))
