@@ -24,7 +24,7 @@ NUM_MARKS, END_MARK = 3, 1  # of ByT5: padding, end and unknown come before what
 @dataclass(frozen=True)
 class TextConfig:
     """Sizes of the encoder. `max_length` counts tokens with the end mark and is fixed for a run;
-    `too_long` says what training does with captions that fill it.
+    `too_long` says what training does with captions that it cuts.
 
     With kind `pretrained`, `path` is a hub id or folder and the other sizes are read from it.
     """
@@ -85,11 +85,10 @@ class WordHashes:
         self.normalize = BertNormalizer().normalize_str
         self.split = BertPreTokenizer().pre_tokenize_str
 
-    def __call__(self, caption: str, max_length: int) -> list[int]:
-        """Ids with the end mark, cut at `max_length`."""
+    def __call__(self, caption: str) -> list[int]:
+        """Ids without the end mark."""
         words = [word.encode() for word, _ in self.split(self.normalize(caption))]
-        ids = [NUM_MARKS + zlib.crc32(word) % self.num_rows for word in words]
-        return [*ids[: max_length - 1], END_MARK]
+        return [NUM_MARKS + zlib.crc32(word) % self.num_rows for word in words]
 
 
 class Tokenizer:
@@ -112,12 +111,19 @@ class Tokenizer:
         cleaned = [clean_caption(caption) for caption in captions]
         limit = self.config.max_length
         if self.config.kind == "words":
-            ids = [self.words(caption, limit) for caption in cleaned]
+            ids = [self.words(caption)[: limit - 1] + [END_MARK] for caption in cleaned]
         else:
             ids = self.tokenizer(
                 cleaned, max_length=limit, truncation=True, add_special_tokens=True
             ).input_ids
         return [torch.tensor(row, dtype=torch.int64) for row in ids]
+
+    def num_tokens(self, caption: str) -> int:
+        """Tokens of the whole caption with the end mark, however many."""
+        cleaned = clean_caption(caption)
+        if self.config.kind == "words":
+            return len(self.words(cleaned)) + 1
+        return len(self.tokenizer(cleaned, add_special_tokens=True, verbose=False).input_ids)
 
 
 class TextEncoder(nn.Module):

@@ -43,21 +43,26 @@ class CaptionRows:
 
     def whole(self, clips: Sequence[Clip]) -> list[Tensor]:
         """Captions and all that is known of the clips, as validation tells them."""
-        words, rows = list(self.config.numbers.told), self._captions(clips)
-        told = [self._tell(row, clip, words) for row, clip in zip(rows, clips, strict=True)]
-        return self._finish(told)
+        rows = []
+        for row, clip in zip(self._captions(clips), clips, strict=True):
+            numbers = self._numbers(clip, list(self.config.numbers.told))
+            self._is_cut(row, clip, numbers)
+            rows.append(self._tell(row, numbers))
+        return self._finish(rows)
 
     def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor], list[bool]]:
         """The same with captions and numbers dropped, each by itself, a caption for that of the
-        empty prompt; and whether each caption fills `text.max_length`, behind which nothing is
-        seen. ValueError for such a caption with text.too_long=refuse."""
-        config, captions, rows = self.config, self._captions(clips), []
-        for row, clip in zip(captions, clips, strict=True):
+        empty prompt; and whether each caption, dropped or not, is cut at `text.max_length`.
+        ValueError for such a caption with text.too_long=refuse."""
+        config, rows, are_cut = self.config, [], []
+        for row, clip in zip(self._captions(clips), clips, strict=True):
             draw = partial(uniform, clip.sample.seed)
             words = [w for w in config.numbers.told if draw(f"drop_{w}") >= config.numbers.dropout]
+            numbers = self._numbers(clip, words)
+            are_cut.append(self._is_cut(row, clip, numbers))
             is_dropped = draw("drop_text") < config.caption_dropout
-            rows.append(self._tell(self._empty if is_dropped else row, clip, words))
-        return self._finish(rows), [len(row) >= config.text.max_length for row in captions]
+            rows.append(self._tell(self._empty if is_dropped else row, numbers))
+        return self._finish(rows), are_cut
 
     def of_texts(self, captions: Sequence[str]) -> list[Tensor]:
         """Rows of any captions; "" is cached where the others were."""
@@ -71,24 +76,33 @@ class CaptionRows:
             self.tokenizer([clip.caption])[0] if clip.text is None else clip.text for clip in clips
         ]
 
-    def _tell(self, row: Tensor, clip: Clip, words: Sequence[str]) -> Tensor:
-        """The row with these numbers behind it, as far as they are known of the clip.
-
-        ValueError where text.too_long=refuse and it is full: its end may be cut, nobody can tell.
-        """
+    def _numbers(self, clip: Clip, words: Sequence[str]) -> dict[str, float]:
+        """Those of the words that are known of the clip."""
         told = self.config.numbers.told
         numbers = {w: clip.fps if told[w] == FPS else clip.scores.get(told[w]) for w in words}
-        known = {word: value for word, value in numbers.items() if value is not None}
-        row = join_words(row, known, self.tokenizer) if known else row
-        limit = self.config.text.max_length
-        if self.config.text.too_long == "refuse" and len(row) >= limit:
+        return {word: value for word, value in numbers.items() if value is not None}
+
+    def _tell(self, row: Tensor, numbers: Mapping[str, float]) -> Tensor:
+        return join_words(row, numbers, self.tokenizer) if numbers else row
+
+    def _is_cut(self, row: Tensor, clip: Clip, numbers: Mapping[str, float]) -> bool:
+        """Whether the caption's row loses something to the limit or to the numbers behind it.
+
+        ValueError where it does, with text.too_long=refuse.
+        """
+        limit, length = self.config.text.max_length, len(row)
+        if length >= limit:  # it fits to the token, or is cut already
+            length = self.tokenizer.num_tokens(clip.caption)
+        if numbers:
+            length += self.tokenizer.num_tokens(_suffix(numbers)) - 1  # one end mark
+        if length > limit and self.config.text.too_long == "refuse":
             raise ValueError(
-                f"{clip.sample.key}: its {clip.sample.caption_kind} caption fills all "
-                f"text.max_length={limit} tokens ({clip.caption[:60]!r}…); with "
+                f"{clip.sample.key}: its {clip.sample.caption_kind} caption has {length} tokens, "
+                f"text.max_length={limit} cuts it ({clip.caption[:60]!r}…); with "
                 "text.too_long=refuse it must be shorter: filter it out, raise the limit, or set "
                 "text.too_long=truncate"
             )
-        return row
+        return length > limit
 
     def _finish(self, rows: list[Tensor]) -> list[Tensor]:
         return rows if self._is_cached else self._encode(rows)
@@ -100,7 +114,11 @@ class CaptionRows:
 def join_words(row: Tensor, numbers: Mapping[str, float], tokenizer: Tokenizer) -> Tensor:
     """Token ids (L,) of a caption with its numbers behind it, which a long caption makes room for:
     "… moves left.(fps 8, motion 0.3)"."""
-    words = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-    (suffix,) = tokenizer([f"({words})"])
+    (suffix,) = tokenizer([_suffix(numbers)])
     room = max(tokenizer.config.max_length - len(suffix), 0)
     return torch.cat((row[:-1][:room], suffix))
+
+
+def _suffix(numbers: Mapping[str, float]) -> str:
+    words = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+    return f"({words})"

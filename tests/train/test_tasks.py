@@ -147,12 +147,29 @@ def test_captions_that_are_too_long_are_refused_where_asked_for(shards: Path) ->
     clips = first_batches(task)[0].clips
     longest = max(len(row) for row in task.captions.whole(clips))
     task.captions.training(clips)
-    tight = dit_task(shards, *strict, f"text.max_length={longest}", "caption_dropout=0")
+    fits = dit_task(shards, *strict, f"text.max_length={longest}")
+    assert fits.captions.training(clips)[1] == [False] * len(clips)
+    tight = dit_task(shards, *strict, f"text.max_length={longest - 1}")
     for read in (tight.captions.training, tight.captions.whole):
         with pytest.raises(
-            ValueError, match=rf"train-.*text.max_length={longest}.*too_long=truncate"
+            ValueError, match=rf"train-.*{longest} tokens, text.max_length={longest - 1} cuts it"
         ):
             read(clips)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_captions_are_cut_where_something_is_left_out(shards: Path, kind: str) -> None:
+    """By the limit or by the numbers behind them; what fits to the token is whole."""
+    told = f"text.kind={kind}", "numbers.dropout=0", "caption_dropout=0.5"
+    for more in ("numbers.sources={fps: fps}", "numbers.sources={}"):
+        loose = dit_task(shards, *told, more, "text.max_length=512")
+        clips = first_batches(loose)[0].clips
+        lengths = [len(row) for row in loose.captions.whole(clips)]
+        for limit in (max(lengths), max(lengths) - 1):
+            task = dit_task(shards, *told, more, f"text.max_length={limit}")
+            rows, are_cut = task.captions.training(clips)
+            assert are_cut == [length > limit for length in lengths]
+            assert max(map(len, rows)) <= limit
 
 
 def test_validation_is_fixed_and_skips_filling(shards: Path) -> None:
