@@ -240,15 +240,25 @@ def _read_component(kind: Any, place: str, name: str) -> Any:
     else:
         raise ValueError(f"{place}: no such folder, and no hub id (owner/name)")
     try:
-        module, found = kind.from_pretrained(  # safetensors alone: nothing is unpickled
-            source, subfolder=subfolder, output_loading_info=True, use_safetensors=True
+        module, found = kind.from_pretrained(
+            source,
+            subfolder=subfolder,
+            use_safetensors=True,  # alone: nothing is unpickled
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # or the first of them would be all that is said
         )
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{place}: no {kind.__name__} can be read there: {first}") from error
-    faults = [f"{fault} {keys}" for fault, keys in found.items() if keys]
+    reshaped = [
+        f"{key} is {tuple(shape)}, the config makes it {tuple(wanted)}"
+        for key, shape, wanted in found["mismatched_keys"]
+    ]
+    faults = [*_name_faults(found["missing_keys"], found["unexpected_keys"]), *reshaped]
+    faults += found["error_msgs"]
     if faults:
-        raise ValueError(f"{place}: weights do not fit their own config: {'; '.join(faults)}")
+        listed = "\n  ".join(faults)
+        raise ValueError(f"{place}: weights do not fit their own config:\n  {listed}")
     return module
 
 
@@ -284,9 +294,15 @@ def _dit_names(name: str) -> list[str]:
 
 
 def _check_names(expected: set[str], found: set[str], what: str) -> None:
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
-    if missing or unexpected:
-        raise ValueError(f"weights of {what}: missing {missing[:8]}, unexpected {unexpected[:8]}")
+    faults = _name_faults(expected - found, found - expected)
+    if faults:
+        listed = "\n  ".join(faults)
+        raise ValueError(f"weights of {what} do not fit their config:\n  {listed}")
+
+
+def _name_faults(missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
+    faults = [f"{name} is missing" for name in sorted(missing)]
+    return faults + [f"{name} is unexpected" for name in sorted(unexpected)]
 
 
 def unipc_scheduler(shift: float) -> "UniPCMultistepScheduler":

@@ -134,9 +134,13 @@ def _keys(**sections: VAEConfig | DiTConfig | TextConfig) -> dict[str, Any]:
 
 
 def is_diffusers(place: str) -> bool:
-    """Whether the place is a folder that `save_pretrained` wrote, or no folder but a hub id."""
+    """Whether the place is a folder that `save_pretrained` wrote, or no folder but a hub id.
+
+    A pipeline is one by its index or by the modules it holds.
+    """
     path = Path(place)
-    if not path.is_dir() or (path / "model_index.json").is_file():
+    parts = "model_index.json", "transformer/config.json", "vae/config.json"
+    if not path.is_dir() or any((path / part).is_file() for part in parts):
         return True
     return (path / "config.json").is_file() and not (path / checkpoint.MANIFEST).is_file()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from longtake.models.dit import DiT
 from longtake.models.interop import dit_to_diffusers, vae_to_diffusers
@@ -72,17 +73,49 @@ def test_a_run_is_a_start_whole_or_in_part(run: Path, config: DiTRun) -> None:
     assert "\n" not in report
 
 
-def test_a_pipeline_of_diffusers_is_a_start(config: DiTRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_pipeline_of_diffusers_is_a_start(
+    config: DiTRun, tmp_path: Path, has_index: bool
+) -> None:
     public = make(config).dit
     shake(public)
     dit_to_diffusers(public).save_pretrained(tmp_path / "transformer")
-    (tmp_path / "model_index.json").write_text("{}")
+    if has_index:
+        (tmp_path / "model_index.json").write_text("{}")
     module = make(config)
     with pytest.raises(ValueError, match=r"init_names=\[\]:\n  text\.\S+ is missing"):
         start_from(module, str(tmp_path))
     start_from(module, str(tmp_path), ["dit.*"])
     given = {f"dit.{name}": tensor for name, tensor in public.state_dict().items()}
     assert taken(module, make(config), given) == set(given)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "vae"])
+def test_everything_is_listed_that_public_weights_lack_of_their_config(
+    config: DiTRun, tmp_path: Path, kind: str
+) -> None:
+    module = make(config) if kind == "transformer" else VAE(VAEConfig(8, 4, (1, 2), (True,), 1))
+    if isinstance(module, VAE):
+        public = vae_to_diffusers(module, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    else:
+        public = dit_to_diffusers(module.dit)
+    public.save_pretrained(tmp_path / kind)
+    (path,) = (tmp_path / kind).glob("*.safetensors")
+    tensors = load_file(path)
+    missing, reshaped = list(tensors)[:12], list(tensors)[12:16]
+    lines = [f"{name} is missing" for name in missing]
+    lines += [
+        f"{name} is (3, 7), the config makes it {tuple(tensors[name].shape)}" for name in reshaped
+    ]
+    changed = {n: torch.zeros(3, 7) if n in reshaped else x for n, x in tensors.items()}
+    for name in missing:
+        del changed[name]
+    save_file(changed | {"more": torch.zeros(1)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="weights do not fit their own config") as caught:
+        start_from(module, str(tmp_path))
+    assert str(caught.value).splitlines()[1:] == [
+        f"  {line}" for line in (*sorted(lines[:12]), "more is unexpected", *lines[12:])
+    ]
 
 
 def test_what_does_not_fit_is_listed_and_nothing_taken(run: Path, config: DiTRun) -> None:
