@@ -30,6 +30,7 @@ from longtake.train.dit_drawing import draw_samples
 from longtake.train.engine import Engine
 from longtake.train.given import Conditions, Drawn, at_step, masks_of
 from longtake.train.painter import Painter
+from longtake.train.report_matrix import level_name
 from longtake.train.runs import LoadedDiT, RunPlace
 from longtake.train.schema import DiTRun
 from longtake.train.tasks import Drawing, Grouped, LossSum, Means, normal_draws
@@ -150,9 +151,10 @@ class DiTTask:
             for task in tasks:
                 for level, loss in self._losses(engine, batch, text, task).items():
                     shape = "x".join(str(size) for size in batch.clips[0].sample.shape)
-                    names = [f"loss/t{level:.2f}/{shape}/{task}", f"loss/{task}"]
+                    at = f"loss/t{level_name(level)}"
+                    names = [f"{at}/{shape}/{task}", f"loss/{task}"]
                     if task == tasks[0]:
-                        names += ["loss", f"loss/t{level:.2f}", f"loss/{shape}"]
+                        names += ["loss", at, f"loss/{shape}"]
                     for name in names if batch.counted else ():  # else it keeps ranks in step
                         means.add(name, loss, len(batch.clips))
         return means

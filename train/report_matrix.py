@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from longtake.train.run_folder import VALIDATION
@@ -12,6 +13,12 @@ from longtake.train.tracking import Tracker
 
 CELL = re.compile(r"val/loss/t(?P<level>[\d.]+)/(?P<row>[\dx]+/\w+?)(?P<ema>_ema)?")
 WEIGHTS = {"": "weights", "_ema": "EMA"}
+
+
+def level_name(level: float) -> str:
+    """`0.50`: two decimals, or as many as the level has."""
+    exact = f"{Decimal(repr(level)):f}"
+    return max(exact, f"{level:.2f}", key=len)
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,12 @@ class LossMatrix:
 
 
 def matrix_of(metrics: Mapping[str, float]) -> LossMatrix | None:
-    """The matrix in a row of metrics; None where it is a single line, which curves show as well."""
+    """The matrix in a row of metrics; None where they hold no cell of it."""
     found = [(match, value) for n, value in metrics.items() if (match := CELL.fullmatch(n))]
     values = {(WEIGHTS[m["ema"] or ""], m["row"], m["level"]): value for m, value in found}
     rows = tuple(sorted({row for _, row, _ in values}))
     levels = tuple(sorted({level for _, _, level in values}))
-    return LossMatrix(rows, levels, values) if len(rows) > 1 else None
+    return LossMatrix(rows, levels, values) if rows else None
 
 
 def show_matrix(metrics: Mapping[str, float], folder: Path, step: int, tracker: Tracker) -> None:

@@ -115,6 +115,10 @@ class ValidationConfig:
         require(0 <= share <= 1, f"validation.score_share={share} must lie in [0, 1]")
         for level in self.noise_levels:
             require(0.0 < level <= 1.0, f"validation.noise_levels has {level}, must be in (0, 1]")
+        require(
+            len(set(self.noise_levels)) == len(self.noise_levels),
+            f"validation.noise_levels={self.noise_levels} must differ: name each once",
+        )
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,7 @@ def test_types_are_those_of_the_schema() -> None:
         (["speed.checkpointing=some"], ["speed.checkpointing=some", "selective"]),
         (["samples.guidance_scale=0.5"], ["guidance_scale=0.5"]),
         (["validation.noise_levels=[0]"], ["validation.noise_levels"]),
+        (["validation.noise_levels=[0.5,0.3,0.5]"], ["[0.5, 0.3, 0.5] must differ"]),
         (["ema.decay=1"], ["ema.decay=1"]),
         (["resume=maybe"], ["resume=maybe", "auto"]),
         (["engine.zero_stage=2"], ["engine.zero_stage=2", "deepspeed"]),

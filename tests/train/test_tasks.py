@@ -183,6 +183,8 @@ def test_validation_is_fixed_and_skips_filling(shards: Path) -> None:
     margins = {"loss", "loss/t0.30", "loss/t0.80", "loss/5x16x16", "loss/t2v"}
     assert cells | margins == set(again)
     assert again["loss"] == pytest.approx((again["loss/t0.30"] + again["loss/t0.80"]) / 2)
+    close = dit_task(shards, "validation.noise_levels=[0.996,1.0]").validate(engine, batches)
+    assert {"loss/t0.996/5x16x16/t2v", "loss/t1.00/5x16x16/t2v"} <= set(close.sums)
     filling = [replace(batch, counted=False) for batch in batches]
     assert dict(task.validate(engine, filling).sums) == {}
 
