@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from longtake.data.config import DataConfig
 from longtake.data.loader import Batch
+from longtake.data.plan.costs import micro_batch_size, resolve_buckets
 from longtake.data.randomness import derive_seed
 from longtake.models.sampler import Given, sample
 from longtake.models.tokens import Segment
 from longtake.train.engine import Engine
-from longtake.train.given import masks_of
+from longtake.train.given import Drawn, masks_of
 from longtake.train.painter import noise_for
 from longtake.train.playback import to_frames
 from longtake.train.tasks import Drawing
@@ -29,6 +31,7 @@ def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> lis
     drawn again from their own frames under every task that gives some.
 
     All prompts of the config start from one noise: two that differ in a word are a minimal pair.
+    No more are drawn at once than a micro-batch of their shape holds.
     """
     clips = [clip for batch in batches for clip in batch.clips]
     if not clips:
@@ -38,23 +41,41 @@ def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> lis
     numbers = [0 if fixed else number for number in range(len(prompts))]
     rows = task.captions.of_texts(fixed) if fixed else task.captions.whole(clips)
     fps, shape = clips[0].fps, task.conditions.latent_shape(clips[0].sample)
-    video = _draw(task, engine, rows, numbers, shape)
-    drawings = _named("sample", video, prompts, fps)
-    batch = replace(batches[0], clips=clips)
+    most = _micro_batch_size(task.config.data, clips[0].sample.shape)
+    parts = [slice(start, start + most) for start in range(0, len(rows), most)]
+    videos = [_draw(task, engine, rows[part], numbers[part], shape) for part in parts]
+    drawings = _named("sample", torch.cat(videos), prompts, fps)
+    parts = [slice(start, start + most) for start in range(0, len(clips), most)]
     for name in task.config.trained_tasks:
         if task.conditions.unfit(name, shape[0]):
             continue
         drawn = task.conditions.fixed(name, shape[0])
         if drawn.frames.runs:
-            masks = masks_of([drawn] * len(clips), shape).to(task.device)
-            shown = zip(*(task.segments(clip, drawn) for clip in clips), strict=True)
-            segments = [Segment(torch.stack([s.latents for s in x]), x[0].start) for x in shown]
-            given = Given(task.clean(batch), masks, task.patch_size, segments=segments)
-            channels = task.channels(batch, [drawn] * len(clips))
-            rows = task.captions.whole(clips)
-            video = _draw(task, engine, rows, range(len(clips)), shape, given, channels)
-            drawings += _named(name, video, captions, fps)
+            videos = [
+                _draw_given(task, engine, replace(batches[0], clips=clips[part]), part.start, drawn)
+                for part in parts
+            ]
+            drawings += _named(name, torch.cat(videos), captions, fps)
     return drawings
+
+
+def _micro_batch_size(data: DataConfig, shape: tuple[int, int, int]) -> int:
+    data = resolve_buckets(data)
+    buckets = [b for b in data.buckets if (b.frames, b.height, b.width) == shape]
+    return micro_batch_size(buckets[0], data)
+
+
+def _draw_given(task: DiTTask, engine: Engine, batch: Batch, first: int, drawn: Drawn) -> Tensor:
+    """Pixels (B, 3, T, H, W) of clips drawn again from what each is given, the first from the noise
+    of number `first`."""
+    clips, shape = batch.clips, task.conditions.latent_shape(batch.samples[0])
+    masks = masks_of([drawn] * len(clips), shape).to(task.device)
+    shown = zip(*(task.segments(clip, drawn) for clip in clips), strict=True)
+    segments = [Segment(torch.stack([s.latents for s in x]), x[0].start) for x in shown]
+    given = Given(task.clean(batch), masks, task.patch_size, segments=segments)
+    channels = task.channels(batch, [drawn] * len(clips))
+    numbers = range(first, first + len(clips))
+    return _draw(task, engine, task.captions.whole(clips), numbers, shape, given, channels)
 
 
 def _draw(

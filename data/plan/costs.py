@@ -55,6 +55,18 @@ def samples_a_step(bucket: BucketConfig, config: DataConfig) -> int:
     return config.micro_batches_per_step * (1 if config.pack else bucket.batch_size or 1)
 
 
+def micro_batch_size(bucket: BucketConfig, config: DataConfig) -> int:
+    """Samples of a micro-batch of this bucket alone: with packs, as many as the cap holds.
+
+    `config` is resolved.
+    """
+    if not config.pack:
+        assert bucket.batch_size is not None
+        return bucket.batch_size
+    assert config.cost.max_tokens is not None
+    return config.cost.max_tokens // num_tokens(bucket, config.cost)
+
+
 def sample_cost(bucket: BucketConfig, cost: CostConfig) -> float:
     """Measured seconds of one sample, or the formula 84 d² + 12 N d per token and layer."""
     if cost.seconds:

@@ -5,9 +5,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from longtake.data.catalogue import Catalogue
-from longtake.data.config import BucketConfig, DataConfig, check_data_config
+from longtake.data.config import DataConfig, check_data_config
 from longtake.data.plan.compile import build_tables, open_tables
-from longtake.data.plan.costs import num_tokens, resolve_buckets, sample_cost
+from longtake.data.plan.costs import micro_batch_size, resolve_buckets, sample_cost
 from longtake.data.plan.draws import Draws
 from longtake.data.plan.lanes import Place
 from longtake.data.plan.planned import MicroBatch, PlannedSample
@@ -63,7 +63,7 @@ class ValPlan:
                 for dataset, row in rows
                 if self.tables[dataset].bucket[row] == bucket
             ]
-            size = self._most_samples(shape)
+            size = micro_batch_size(shape, self.config)
             groups = [samples[i : i + size] for i in range(0, len(samples), size)]
             for start in range(0, len(groups), num_ranks):
                 index = start + rank
@@ -72,15 +72,6 @@ class ValPlan:
                 cost = len(group) * sample_cost(shape, self.config.cost)
                 batches.append(MicroBatch(len(batches), rank, group, cost, counted))
         return batches
-
-    def _most_samples(self, shape: BucketConfig) -> int:
-        """Of a micro-batch: with packs, which come in one shape each here, what the cap holds."""
-        cost = self.config.cost
-        if not self.config.pack:
-            assert shape.batch_size is not None
-            return shape.batch_size
-        assert cost.max_tokens is not None
-        return cost.max_tokens // num_tokens(shape, cost)
 
     def _dealt_rows(self) -> list[tuple[int, int]]:
         """(dataset, row) of the samples of a pass, in the order of datasets and rows."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +119,32 @@ def test_the_sum_does_not_depend_on_the_slicing(shards: Path) -> None:
             others = [getattr(one.groups[number], name) for one in alone]
             torch.testing.assert_close(getattr(group, name), torch.stack(others).sum(0))
     assert task.loss(engine, joined).total.item() == pytest.approx(whole, rel=1e-6)
+
+
+def test_no_more_is_drawn_at_once_than_is_trained(shards: Path) -> None:
+    task = dit_task(shards, "tasks={t2v: 1, i2v: 1}", "samples.prompts=[a,b,c,d,e]")
+    with torch.no_grad():
+        for parameter in task.module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    engine, batches = engine_of(task), first_batches(task)[:2]
+    seen: list[int] = []
+    task.module.dit.patch_embed.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    drawings = task.draw(engine, batches)
+    assert max(seen) == 2 == len(batches[0].clips)
+    assert [drawing.name for drawing in drawings] == [
+        *(f"sample-{number:02d}" for number in range(5)),
+        *(f"i2v-{number:02d}" for number in range(4)),
+    ]
+    task.config = replace(
+        task.config,
+        data=replace(
+            task.config.data,
+            buckets=[replace(bucket, batch_size=8) for bucket in task.config.data.buckets],
+        ),
+    )
+    for one, other in zip(drawings, task.draw(engine, batches), strict=True):
+        np.testing.assert_allclose(one.frames.astype(int), other.frames.astype(int), atol=1)
+    assert max(seen) == 5
 
 
 def test_speed_options_reach_the_model(shards: Path) -> None:
