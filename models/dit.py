@@ -241,7 +241,8 @@ class DiT(nn.Module):
         extra_t: Tensor | None = None,
         budget: int | None = None,
     ) -> Tensor | list[Tensor]:
-        """latents (B, C, T, H, W), text_embeds (B, L, Dt) → prediction (B, C', T, H, W) in fp32.
+        """latents (B, C, T, H, W), text_embeds (B, L, Dt) → prediction (B, C', T, H, W) in fp32,
+        whatever the dtype of input and weights (those of inference may be all bf16).
 
         t (B,) in [0, 1] is each sample's noise level, 1 pure noise. With `levels` (B, K) and
         `level_index` (B, N) token n has level `levels[b, level_index[b, n]]` and t is not read.
@@ -280,7 +281,7 @@ class DiT(nn.Module):
         if is_pack:
             text, documents = self._documents(sequence, text, budget, shared)
         time, modulation = self._modulation(levels)
-        x = self.patch_embed(own.patches)  # (B, N, D)
+        x = self.patch_embed(own.patches.to(self.patch_embed.weight.dtype))  # (B, N, D)
         if self.config.absolute_positions:
             # Rotary angles only compare tokens. Where content is noise, nothing says which stands
             # left or first, so their sines and cosines are added, as DiT adds its own (§3.2).
@@ -359,8 +360,10 @@ class DiT(nn.Module):
     def _modulation(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """levels (B, K) → time embedding (B, K, D) and its projection (6, B, K, D), fp32."""
         with torch.autocast(levels.device.type, enabled=False):
-            time = self.time_embed(timestep_embedding(levels, self.config.freq_dim))  # (B, K, D)
-            return time, self.time_proj(F.silu(time)).unflatten(-1, (6, -1)).movedim(2, 0)
+            waves = timestep_embedding(levels, self.config.freq_dim)
+            time = self.time_embed(waves.to(self.time_embed.fc1.weight.dtype))  # (B, K, D)
+            modulation = self.time_proj(F.silu(time)).unflatten(-1, (6, -1)).movedim(2, 0)
+            return time.float(), modulation.float()
 
     def _text(self, embeds: Tensor, lens: Tensor | None, trim: bool) -> TextTokens:
         """Project the text; of its padding only one row where that saves anything."""
@@ -370,7 +373,8 @@ class DiT(nn.Module):
         num_pads = length - used
         if num_pads > 1:
             embeds = embeds[:, : used + 1]
-        return TextTokens(self.text_embed(embeds), max(num_pads, 1))
+        tokens = self.text_embed(embeds.to(self.text_embed.fc1.weight.dtype))
+        return TextTokens(tokens, max(num_pads, 1))
 
     @torch.no_grad()
     def init_weights(self) -> None:

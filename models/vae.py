@@ -198,7 +198,8 @@ def check_finite(x: Tensor, what: str, first_frame: int = 0) -> None:
 
 
 class VAE(nn.Module):
-    """Video VAE; see the module's docstring. `encode` and `decode` are differentiable.
+    """Video VAE; see the module's docstring. `encode` and `decode` are differentiable, and take any
+    dtype, whatever that of the weights (those of inference may be all bf16).
 
     They do not look whether values are finite, which would wait for the device in each step of a
     training; `longtake.models.vae_bounded` and `vae_streaming` do.
@@ -246,6 +247,7 @@ class VAE(nn.Module):
                 raise ValueError(f"chunk of {frames} frames: after the first, {stride}·k is needed")
             frames += 1
         self.config.latent_shape(frames, *x.shape[3:])
+        x = x.to(self.encoder.conv_in.weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last_3d)
         moments = self.quant(self.encoder(x, stream)).float().contiguous()
         if stream is not None:
@@ -259,6 +261,7 @@ class VAE(nn.Module):
         With `stream`, z goes on where the last chunk ended: any number of frames.
         """
         check_layout(z, self.config.z_dim, "latents")
+        z = z.to(self.post_quant.weight.dtype)
         z = z.contiguous(memory_format=torch.channels_last_3d)
         pixels = self.decoder(self.post_quant(z), stream).float().contiguous()
         if stream is not None:

@@ -19,6 +19,7 @@ from longtake.models.interop import (
     dit_to_diffusers,
 )
 from longtake.models.layers import patchify
+from longtake.models.tokens import Video
 
 PEERS = {
     "two heads": {
@@ -246,6 +247,34 @@ def test_image_cross_attention_is_refused_by_name(option: dict) -> None:
     ((key, value),) = option.items()
     with pytest.raises(ValueError, match=f"{key}={value}"):
         dit_from_diffusers(module)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.bfloat16, 2e-2), (torch.half, 3e-3), (torch.double, 1e-6)]
+)
+@torch.no_grad()
+def test_weights_of_inference_have_any_dtype(dtype: torch.dtype, error: float) -> None:
+    """Inputs too: a batch with a level per token, and a pack."""
+    torch.manual_seed(0)
+    dit = DiT(replace(TINY, absolute_positions=1.0))
+    for parameter in dit.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    latents, embeds = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 5, 10)
+    lens, levels, index = torch.tensor([3, 5]), torch.rand(2, 2), torch.arange(24).view(2, 12) % 2
+
+    def draw(kind: torch.dtype) -> Tensor:
+        x, text = latents.to(kind), embeds.to(kind)
+        batch = dit(x, None, text, lens, levels=levels, level_index=index)
+        videos = [Video(*one) for one in zip(x, index, strict=True)]
+        pack = dit(videos, None, text, lens, levels=levels)
+        return torch.stack((batch, torch.stack(pack)))
+
+    expected = draw(torch.float32)
+    dit.to(dtype)
+    for kind in (torch.float32, dtype):
+        found = draw(kind)
+        assert found.dtype == torch.float32
+        assert (found - expected).norm() < error * expected.norm()
 
 
 def test_places_without_whole_weights_are_refused(tmp_path: Path) -> None:

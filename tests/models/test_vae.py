@@ -36,6 +36,23 @@ def test_causal(name: str, changed: int) -> None:
     assert not torch.equal(c[:, :, 4 * first - 3], d[:, :, 4 * first - 3])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.bfloat16, 5e-2), (torch.half, 5e-3), (torch.double, 1e-5)]
+)
+@pytest.mark.parametrize("name", ["4x4x4", "residual 4x8x8"])
+@torch.no_grad()
+def test_weights_of_inference_have_any_dtype(name: str, dtype: torch.dtype, error: float) -> None:
+    vae, x = make_vae(CONFIGS[name]), video(9, 16, 16)
+    latents = vae.encode(x).mean
+    pixels = vae.decode(latents)
+    vae.to(dtype)
+    for kind in (torch.float32, dtype):
+        mean, decoded = vae.encode(x.to(kind)).mean, vae.decode(latents.to(kind))
+        assert mean.dtype == decoded.dtype == torch.float32
+        assert (mean - latents).norm() < error * latents.norm()
+        assert (decoded - pixels).norm() < error * pixels.norm()
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 7, 10])
 @pytest.mark.parametrize(
     ("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((1, 1, 1), 1), ((3, 1, 1), 2)]
