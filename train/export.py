@@ -236,6 +236,7 @@ def draw_with_diffusers(
         "num_frames": bucket.frames,
         "num_inference_steps": sampler.steps,
         "guidance_scale": sampler.guidance_scale,
+        "negative_prompt": config.samples.negative_prompt,
         "max_sequence_length": config.text.max_length,
         "output_type": "pt",
     }

@@ -55,7 +55,7 @@ pipe = WanPipeline.from_pretrained("PATH")
 video = pipe(
     prompt="{prompt}",
     height={height}, width={width}, num_frames={frames},
-    num_inference_steps={steps}, guidance_scale={guidance:g},
+    num_inference_steps={steps}, guidance_scale={guidance:g},{negative}
     max_sequence_length={max_length},
 ).frames[0]
 export_to_video(video, "sample.mp4", fps={fps:g})
@@ -72,7 +72,7 @@ from diffusers.utils import export_to_video, load_image
 pipe = WanImageToVideoPipeline.from_pretrained("PATH")
 image = load_image("first.png")
 video = pipe(image=image, prompt="…", height={height}, width={width}, num_frames={frames},
-             num_inference_steps={steps}, guidance_scale={guidance:g},
+             num_inference_steps={steps}, guidance_scale={guidance:g},{negative}
              max_sequence_length={max_length}).frames[0]
 export_to_video(video, "sample.mp4", fps={fps:g})
 ```
@@ -96,6 +96,7 @@ def model_card(
     is the size that the examples ask for."""
     config = run.config
     assert codec.vae is not None
+    negative = config.samples.negative_prompt
     values = {
         "name": run.place.folder.name,
         "frames": bucket.frames,
@@ -104,6 +105,7 @@ def model_card(
         "fps": config.data.fps or 8.0,
         "steps": config.samples.steps,
         "guidance": config.samples.guidance_scale,
+        "negative": f" negative_prompt={negative!r}," if negative else "",
         "max_length": config.text.max_length,
         "prompt": (config.samples.prompts or ["a red circle moves left"])[0],
     }

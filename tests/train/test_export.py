@@ -93,3 +93,13 @@ def test_text_to_video_alone_is_said(road: Road, tmp_path: Path) -> None:
     report = export_run(run, tmp_path / "pipeline")
     assert set(report.worst) == {"t2v"}
     assert "text to video only" in str(report)
+
+
+def test_what_guidance_leads_away_from_goes_along(road: Road, tmp_path: Path) -> None:
+    """Verification draws with it on both sides, and the card tells it."""
+    overrides = "samples.negative_prompt='blurry, grey'", "samples.guidance_scale=6"
+    run = write_dit_run(tmp_path / "dit", road.latents, *overrides)
+    report = export_run(run, tmp_path / "pipeline")
+    assert set(report.worst) == {"t2v", "i2v"}
+    card = (report.out / "README.md").read_text()
+    assert card.count("negative_prompt='blurry, grey'") == 2
