@@ -33,8 +33,8 @@ to that length, and another value changes what it draws.
 | VAE | {vae_params} | strides {strides} (time, height, width), {channels} channels |
 | text encoder | {text_params} | {text_kind} |
 
-Trained for {step} optimizer steps (weights: {weights}); sampler: flow-match Euler with
-shift {shift:g}. `config.yaml` is the full training config.
+Trained for {step} optimizer steps (weights: {weights}); sampler: {solver} with shift
+{shift:g}. `config.yaml` is the full training config.
 
 ## Training data
 
@@ -82,6 +82,7 @@ export_to_video(video, "sample.mp4", fps={fps:g})
 FIRST_LAST = """With `last_image=load_image("last.png")` besides, the video ends with that frame.
 
 """
+SOLVERS = {"euler": "flow-match Euler", "unipc": "UniPC"}
 USES = {"t2v": TEXT, "i2v": IMAGE, "first_last": FIRST_LAST}
 
 
@@ -125,6 +126,7 @@ def model_card(
         text_kind=config.text.path or "UMT5 encoder over bytes, trained along",
         step=run.place.step,
         weights=run.weights,
+        solver=SOLVERS[config.samples.solver],
         shift=config.samples.shift,
         data=_data_table(data),
         captions=", ".join(f"{kind} {value:g}" for kind, value in share.items()),

@@ -46,7 +46,7 @@ def test_the_card_has_what_a_user_needs(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "max_sequence_length=64" in card
     assert "WanImageToVideoPipeline" in card
-    assert "CC0-1.0 (12)" in card
+    assert "CC0-1.0 (12)" in card and "sampler: flow-match Euler with shift" in card
     manifest = json.loads((exported / "data_manifest.json").read_text())
     assert manifest[0]["samples"] == 12 and manifest[0]["fingerprint"]
 
@@ -96,10 +96,11 @@ def test_text_to_video_alone_is_said(road: Road, tmp_path: Path) -> None:
 
 
 def test_what_guidance_leads_away_from_goes_along(road: Road, tmp_path: Path) -> None:
-    """Verification draws with it on both sides, and the card tells it."""
+    """Verification draws with it on both sides, and the card tells it, as it does the solver."""
     overrides = "samples.negative_prompt='blurry, grey'", "samples.guidance_scale=6"
-    run = write_dit_run(tmp_path / "dit", road.latents, *overrides)
+    run = write_dit_run(tmp_path / "dit", road.latents, *overrides, "samples.solver=unipc")
     report = export_run(run, tmp_path / "pipeline")
     assert set(report.worst) == {"t2v", "i2v"}
     card = (report.out / "README.md").read_text()
     assert card.count("negative_prompt='blurry, grey'") == 2
+    assert "sampler: UniPC with shift" in card
