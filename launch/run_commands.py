@@ -107,7 +107,7 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder (default: RUN/samples/command)")
     parser.add_argument("--frames", type=positive, help="(default: the run's first bucket)")
     parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the run's first bucket)")
-    parser.add_argument("--fps", type=float, help="frames per second of the files")
+    parser.add_argument("--fps", type=float, help="(default: the rate of the training clips)")
     parser.add_argument("--num", type=positive, default=1, help="videos per prompt")
     parser.add_argument(
         "--upscale", type=int, help="whole factor of the files (default: up to 256 px; 1: as drawn)"

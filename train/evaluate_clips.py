@@ -42,6 +42,7 @@ from longtake.train.fidelity import (
     check_enough_clips,
     frechet_distance,
 )
+from longtake.train.frame_rate import catalogue_rate
 from longtake.train.given_files import check_task
 from longtake.train.painter import Painter, sampler_of
 from longtake.train.run_folder import check_replaceable, written_whole
@@ -108,7 +109,7 @@ def evaluate_clips(
     )
     painter = Painter(run, codec, sampler, precision=run.config.engine.precision)
     training = open_training(run, codec, options, place) if options.memorisation else None
-    plan = plan_clips(run, codec, training, shards, options)
+    plan = plan_clips(run, codec, shards, options)
     detector = open_detector(plan, options.fvd_weights, place)
     scorer = ClipScorer(options.clip_model, place) if options.clip_model else None
     folder = out or run.place.folder / "evaluation" / f"clips-{weights}"
@@ -183,13 +184,13 @@ def clip_settings(run: LoadedDiT, codec: Codec) -> DataConfig:
 def plan_clips(
     run: LoadedDiT,
     codec: Codec,
-    training: TrainingClips | None,
     shards: Path,
     options: ClipsOptions,
 ) -> ValPlan:
     """The first `num_clips` clips that fit, as in a validation pass; ValueError for none."""
     settings = clip_settings(run, codec)
     own = run.config.data.train[0].captions
+    cached = catalogue_rate(run.config) if codec.vae is not None else None
     dataset = DatasetConfig(
         str(shards),
         None if options.catalogue is None else str(options.catalogue),
@@ -200,7 +201,7 @@ def plan_clips(
         settings,
         val=[dataset],
         buckets=[replace(bucket, batch_size=options.batch_size) for bucket in settings.buckets],
-        fps=options.fps or cached_rate(training) or settings.fps,
+        fps=options.fps or cached or settings.fps,
     )
     for bucket in config.buckets:
         shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
@@ -209,16 +210,6 @@ def plan_clips(
     if plan.tables[0].info.holds_latents:
         raise ValueError(f"{shards}: holds latents; give the shards of clips they were made from")
     return plan
-
-
-def cached_rate(training: TrainingClips | None) -> float | None:
-    """Frames per second of cached latents where all have one rate: `encode` may have set it."""
-    tables = [] if training is None else training.tables
-    if not tables or not all(table.info.holds_latents for table in tables):
-        return None
-    rates = np.unique(np.concatenate([table.rows["fps"] for table in tables]))
-    moving = rates[rates > 0]  # images have none
-    return float(moving[0]) if len(moving) == 1 else None
 
 
 def open_detector(plan: ValPlan, path: Path | None, device: torch.device) -> VideoDetector | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from longtake.data.config import BucketConfig
 from longtake.train.codec import Codec
+from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
 from longtake.train.runs import LoadedDiT
 
 CARD = """---
@@ -103,7 +104,7 @@ def model_card(
         "frames": bucket.frames,
         "height": bucket.height,
         "width": bucket.width,
-        "fps": config.data.fps or 8.0,
+        "fps": drawn_rate(config, bucket.frames) or DEFAULT_FPS,
         "steps": config.samples.steps,
         "guidance": config.samples.guidance_scale,
         "negative": f" negative_prompt={negative!r}," if negative else "",

@@ -19,18 +19,18 @@ from longtake.data.randomness import derive_seed
 from longtake.models.sampler import SamplerConfig
 from longtake.train.caption_rows import FPS
 from longtake.train.codec import load_codec
+from longtake.train.frame_rate import drawn_rate
 from longtake.train.given_files import read_given
 from longtake.train.painter import Painter, noise_for, sampler_of
 from longtake.train.playback import IMAGE_FPS, enlarge, to_frames, viewing_mp4
 from longtake.train.runs import LoadedDiT, load_dit, pick_device
 from longtake.train.schema import DiTRun
 
-DEFAULT_FPS = 8.0
-
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw. None stands for the run's own value (`samples.*`, first bucket, `data.fps`)."""
+    """What to draw. None stands for the run's own value (`samples.*`, first bucket, the rate of
+    its clips)."""
 
     prompts: Sequence[str]
     num_videos: int = 1  # per prompt
@@ -76,7 +76,7 @@ def sample_to_files(
     height, width = request.size or (bucket.height, bucket.width)
     shape = codec.latent_shape(frames, height, width)
     run.dit.config.grid(shape[1:])
-    fps = request.fps or run.config.data.fps or DEFAULT_FPS
+    fps = drawn_rate(run.config, frames) if request.fps is None else request.fps
     given = read_given(
         *(request.task, request.given, run.config, codec, (frames, height, width), fps),
         level=request.given_noise,
@@ -98,18 +98,21 @@ def sample_to_files(
                 numbers=numbers,
             )
             for index, ((prompt, n), pixels) in enumerate(zip(batch, video, strict=True), start):
-                about = {"prompt": prompt, "video": n, **describe(request, run, sampler)}
+                about = {"prompt": prompt, "video": n, **describe(request, run, sampler, fps)}
                 stem = out / f"{index:03d}-{slug(prompt)}"
                 paths.append(write_clip(stem, to_frames(pixels), fps, request.upscale, about))
     return paths
 
 
-def describe(request: SampleRequest, run: LoadedDiT, sampler: SamplerConfig) -> dict[str, object]:
+def describe(
+    request: SampleRequest, run: LoadedDiT, sampler: SamplerConfig, fps: float
+) -> dict[str, object]:
     """How the videos of a request were drawn, for the .json beside each."""
     return {
         "task": request.task,
         "given": list(request.given),
         "numbers": dict(request.numbers),
+        "fps": fps,
         "negative": request.negative,
         "seed": request.seed,
         "step": run.place.step,

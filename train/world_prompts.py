@@ -29,9 +29,9 @@ from longtake.data.world.language import ASKING
 from longtake.models.conditioning import TASKS, GivenFrames
 from longtake.train.card import CONTINUATION, DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
+from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
 from longtake.train.painter import GivenClips, Painter, noise_for
 from longtake.train.playback import to_frames, to_pixels
-from longtake.train.sample import DEFAULT_FPS
 from longtake.train.schema import DiTRun
 
 
@@ -138,7 +138,8 @@ def prompts_for(
 
     ValueError for what world or buckets do not hold.
     """
-    own = {"shape": shape_for(families, config.data.buckets), "fps": config.data.fps or DEFAULT_FPS}
+    shape = shape_for(families, config.data.buckets)
+    own = {"shape": shape, "fps": drawn_rate(config, shape[0]) or DEFAULT_FPS}
     kind = kind or most_used_captions(config)
     return PromptSet(families=tuple(families), kind=kind, **{**own, **settings})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from longtake.data.catalogue import build_catalogue
-from longtake.data.decode import encode_video
+from longtake.data.decode import encode_image, encode_video
 from longtake.data.shards import ShardWriter
 from longtake.data.world import make_clip
 from longtake.launch.compose import compose
@@ -48,18 +48,19 @@ def write_world(
     seed: int = 0,
     frames: int = FRAMES,
     width: int = SIDE,
+    fps: float = 8,
 ) -> Path:
-    """Catalogued shards of two families, by default 5 frames of 16×16, three clips a shard."""
+    """Catalogued shards of two families, by default 5 frames of 16×16, three clips a shard; one
+    frame is an image."""
     with ShardWriter(out, max_samples=3) as writer:
         for index in range(num_clips):
-            clip = make_clip(
-                seed, split, index, families=FAMILIES, frames=frames, height=SIDE, width=width
-            )
-            members = {
-                "mp4": encode_video(clip.frames, clip.fps),
-                "json": json.dumps(clip.record()).encode(),
-            }
-            writer.write(clip.key, members)
+            size = {"frames": frames, "height": SIDE, "width": width}
+            clip = make_clip(seed, split, index, families=FAMILIES, fps=fps, **size)
+            meta = {"json": json.dumps(clip.record()).encode()}
+            if frames == 1:
+                writer.write(clip.key, {"png": encode_image(clip.frames[0])} | meta)
+            else:
+                writer.write(clip.key, {"mp4": encode_video(clip.frames, fps)} | meta)
     build_catalogue(out, num_workers=1, progress=False)
     return out
 

@@ -1,0 +1,70 @@
+"""What is drawn plays as fast as what was trained on, whoever asks for it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longtake.data.decode import probe
+from longtake.train.encode import encode_shards
+from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips
+from longtake.train.export import export_run
+from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
+from longtake.train.runs import load_dit
+from longtake.train.sample import SampleRequest, sample_to_files
+from longtake.train.schema import DiTRun
+from longtake.train.world_prompts import prompts_for
+
+from .conftest import Road, small_text
+from .small_runs import FAMILIES, write_dit_run, write_world
+
+TOLD = "numbers.sources.fps=fps"
+
+
+@pytest.fixture(scope="module")
+def slow(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on cached latents of 4 frames per second; data.fps is null."""
+    root = tmp_path_factory.mktemp("slow")
+    pixels = write_world(root / "pixels", fps=4)
+    encode_shards(road.vae, pixels, root / "latents", small_text())
+    return write_dit_run(root / "dit", root / "latents", TOLD)
+
+
+def test_the_catalogue_knows_the_rate_of_cached_latents(
+    slow: Path, road: Road, tmp_path: Path
+) -> None:
+    (path,) = sample_to_files(slow, SampleRequest(["a"]), tmp_path / "drawn", device="cpu")
+    assert probe(path.read_bytes()).fps == 4
+    assert json.loads(path.with_suffix(".json").read_text())["fps"] == 4
+    config = load_dit(slow).config
+    wanted = prompts_for(config, FAMILIES, None, splits=("val",), num_prompts=1)
+    assert wanted.fps == 4
+    report = export_run(slow, tmp_path / "pipeline")
+    assert "at 4 frames per second" in (report.out / "README.md").read_text()
+    options = ClipsOptions(num_clips=2, memorisation=False, num_shown=0)
+    own = Path(config.data.train[0].path).parent / "pixels"
+    result = evaluate_clips(slow, own, options, tmp_path / "clips", device="cpu")
+    assert result.card.about["fps"] == 4  # also where the training set is not searched
+
+
+def test_who_says_more_is_heard(slow: Path) -> None:
+    config = load_dit(slow).config
+
+    def changed(**data: object) -> DiTRun:
+        return replace(config, data=replace(config.data, **data))
+
+    assert drawn_rate(changed(fps=6.0), 5) == 6
+    gone = replace(config.data.train[0], path="gone")
+    assert drawn_rate(changed(train=[gone]), 5) == DEFAULT_FPS
+    assert drawn_rate(config, 1) == 0
+
+
+def test_images_are_told_no_rate(road: Road, tmp_path: Path) -> None:
+    pixels = write_world(tmp_path / "images", frames=1)
+    image = "data.buckets=[{frames:1,height:16,width:16,batch_size:2}]"
+    identity = ("codec=identity", "model.in_channels=3", "model.out_channels=3", image, TOLD)
+    run = write_dit_run(tmp_path / "dit", pixels, *identity, "tasks={t2v: 0, t2i: 1, i2v: 0}")
+    request = SampleRequest(["a"], task="t2i")
+    (path,) = sample_to_files(run, request, tmp_path / "drawn", device="cpu")
+    assert json.loads(path.with_suffix(".json").read_text())["fps"] == 0
