@@ -37,8 +37,8 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=positive, help="per family and split (default: 64)")
     add("--pairs", type=int, help="prompts of val with a twin (default: --prompts)")
     add("--drift", type=positive, help="up to so many trained lengths (default: 1)")
-    add("--frames", type=positive, help="(default: a bucket of the run)")
-    add("--size", type=size, help="HEIGHTxWIDTH (default: a bucket of the run)")
+    add("--frames", type=positive, help="(default: the longest bucket that fits the task)")
+    add("--size", type=size, help="HEIGHTxWIDTH (default: that of this bucket)")
     add("--nproc", type=positive, help="processes that share the work (default: 1)")
     add = parser.add_argument_group("of videos (--videos)").add_argument
     add("--prompts-file", type=Path, help="(default: VIDEOS/prompts.jsonl)")

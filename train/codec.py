@@ -158,6 +158,11 @@ def load_codec(
     return Codec(manifest.z_dim, strides, mean, std, vae, loaded, config.has_channels)
 
 
+def time_stride(config: DiTRun, folder: Path | None = None) -> int:
+    """Frames of a clip per latent frame behind the first. Errors as `find_manifest`."""
+    return 1 if config.codec == "identity" else find_manifest(config, folder)[0].strides[0]
+
+
 def find_manifest(config: DiTRun, folder: Path | None) -> tuple[LatentManifest, Path]:
     """latents.json of a DiT run, from its folder or its first dataset, and where it was found."""
     data = Path(config.data.train[0].path)

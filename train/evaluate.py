@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from longtake.train.card import (
     write_rows,
 )
 from longtake.train.checks import choice
-from longtake.train.codec import Codec, load_codec
+from longtake.train.codec import Codec, load_codec, time_stride
 from longtake.train.config import to_tree
 from longtake.train.given_files import check_task
 from longtake.train.painter import Painter, sampler_of
@@ -36,11 +36,10 @@ from longtake.train.world_prompts import (
     Scored,
     Scorer,
     batches,
-    for_task,
     prompts,
     prompts_for,
     rebuild,
-    shape_for,
+    shapes_for,
 )
 
 ROWS, CARD = "clips.parquet", "card.json"
@@ -93,23 +92,24 @@ def evaluate_run(
     ranks = ranks or single_process()
     # a run in progress writes checkpoints: all ranks and weights take the one that rank 0 found
     checkpoint = ranks.broadcast(str(find_run(path).checkpoint) if ranks.is_main else "")
-    place, config, wanted, tasks = check_run(Path(checkpoint), options)
+    place, config, wanted = check_run(Path(checkpoint), options)
+    one = next(iter(wanted.values()))
     folder = out or place.folder / "evaluation" / "world"
     check_replaceable(folder, CARD)
     with written_whole(folder, ranks) as scratch:
         (scratch / "videos").mkdir(exist_ok=True)
         rows: list[ClipScores] = []
-        scorer = Scorer(wanted.kind, wanted.seed)
+        scorer = Scorer(one.kind, one.seed)
         for weights in options.weights:
             painter = load_painter(place, config, options, weights, vae, ranks)
-            for task in tasks:
-                asked = for_task(wanted, task)
+            for task, asked in wanted.items():
                 rows += _score_task(painter, scorer, asked, task, weights, options, ranks, scratch)
         rows = in_order(ranks.gather([asdict(row) for row in rows]), wanted)
         about = {
             "run": place.folder.name,
             "step": place.step,
-            "prompts": asdict(wanted),
+            "prompts": asdict(one),
+            "shapes": {task: asked.shape for task, asked in wanted.items()},
             "sampler": asdict(painter.sampler),
         }
         num_cut = sum(ranks.gather(scorer.num_cut))
@@ -125,13 +125,14 @@ def evaluate_run(
 
 def check_run(
     path: Path, options: EvaluateOptions
-) -> tuple[RunPlace, DiTRun, PromptSet, list[str]]:
-    """The run, its config, and what it is to be asked; ValueError for what it cannot do."""
+) -> tuple[RunPlace, DiTRun, dict[str, PromptSet]]:
+    """The run, its config, and what it is to be asked under each task; ValueError for what it
+    cannot do."""
     place = find_run(path)
     config = read_run_config(place)
     if not isinstance(config, DiTRun):
         raise ValueError(f"{path}: a run of stage={config.stage} draws no videos; give a DiT run")
-    return place, config, *resolve(config, options)
+    return place, config, resolve(config, options, time_stride(config, place.folder))
 
 
 def show_in_tracking(place: RunPlace, config: DiTRun, card: Card) -> None:
@@ -143,29 +144,26 @@ def show_in_tracking(place: RunPlace, config: DiTRun, card: Card) -> None:
     send_evaluation(place.folder, config.tracking, to_tree(config), row, (columns, rows))
 
 
-def resolve(config: DiTRun, options: EvaluateOptions) -> tuple[PromptSet, list[str]]:
-    """The options with the run's own values put in; ValueError for what the run cannot do."""
+def resolve(config: DiTRun, options: EvaluateOptions, stride: int) -> dict[str, PromptSet]:
+    """By task, the options with the run's own values put in; `stride` is the codec's in time.
+    ValueError for what the run cannot do."""
     for weights in options.weights:
         choice("weights", weights, ("ema", "raw"))
     families = options.families or trained_families(config)
-    frames, *size = shape_for(families, config.data.buckets)
     for task in options.tasks or ():
         check_task(config, task)
-    wanted = prompts_for(
-        config,
-        families,
-        options.caption_kind,
-        splits=options.splits,
-        num_prompts=options.num_prompts,
-        num_pairs=options.num_prompts if options.num_pairs is None else options.num_pairs,
-        drift=options.drift,
-        shape=(options.frames or frames, *(options.size or size)),
-        seed=options.seed,
-    )
-    tasks = list(options.tasks or config.trained_tasks)
-    for task in tasks:
-        for_task(wanted, task)
-    return wanted, tasks
+    return {
+        task: prompts_for(
+            *(config, task, families, options.caption_kind),
+            shapes_for(config, task, stride, options.frames, options.size),
+            splits=options.splits,
+            num_prompts=options.num_prompts,
+            num_pairs=options.num_prompts if options.num_pairs is None else options.num_pairs,
+            drift=options.drift,
+            seed=options.seed,
+        )
+        for task in options.tasks or config.trained_tasks
+    }
 
 
 def trained_families(config: DiTRun) -> tuple[str, ...]:
@@ -237,17 +235,20 @@ def _score_task(
     return rows
 
 
-def in_order(parts: Sequence[Sequence[dict[str, Any]]], wanted: PromptSet) -> list[ClipScores]:
+def in_order(
+    parts: Sequence[Sequence[dict[str, Any]]], wanted: Mapping[str, PromptSet]
+) -> list[ClipScores]:
     """The rows of all ranks in the order of one: weights and tasks as drawn, then split, family
     and key."""
     rows = [ClipScores(**row) for part in parts for row in part]
     groups = list(dict.fromkeys((row.weights, row.task) for row in rows))
+    splits = next(iter(wanted.values())).splits
     return sorted(
         rows,
         key=lambda row: (
             groups.index((row.weights, row.task)),
-            wanted.splits.index(row.split) if row.split in wanted.splits else len(wanted.splits),
-            wanted.families.index(row.family),
+            splits.index(row.split) if row.split in splits else len(splits),
+            wanted[row.task].families.index(row.family),
             row.key,
         ),
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.data.config import BucketConfig
 from longtake.data.latents import LatentManifest
 from longtake.data.loader import Clip
 from longtake.data.plan.planned import PlannedSample
@@ -190,6 +191,22 @@ def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
             beginnings, ends = (sorted(set(lengths)) for lengths in zip(*shown, strict=True))
             names += [shown_name(*lengths) for lengths in product(beginnings, ends)]
     return list(dict.fromkeys(names))
+
+
+def fitting_buckets(config: DiTRun, tasks: Sequence[str], stride: int) -> list[BucketConfig]:
+    """Buckets whose clips can serve each of the tasks, the longest first; `stride` is the codec's
+    in time. ValueError, with the reasons, where there is none."""
+    patch, fitting, reasons = config.model.patch_size[0], [], []
+    for bucket in config.data.buckets:
+        length = (bucket.frames - 1) // stride + 1
+        why = [f"task {task}: {why}" for task in tasks if (why := unfit(task, length, patch))]
+        if why:
+            reasons.append(f"{why[0]} ({bucket.name})")
+        else:
+            fitting.append(bucket)
+    if not fitting:
+        raise ValueError(f"data.buckets: none is fit for {', '.join(tasks)}: {'; '.join(reasons)}")
+    return sorted(fitting, key=lambda bucket: -bucket.frames)
 
 
 def check_lengths(config: DiTRun, codec: Codec) -> None:

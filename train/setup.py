@@ -28,7 +28,7 @@ from longtake.train.attempts import Attempts
 from longtake.train.checkpoint_copy import CheckpointCopies, copy_url
 from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.checks import require
-from longtake.train.codec import check_text, keep_manifest, load_codec
+from longtake.train.codec import check_text, keep_manifest, load_codec, time_stride
 from longtake.train.config import (
     check_world_size,
     load_config,
@@ -103,7 +103,7 @@ def check(config: VAERun | DiTRun) -> Prepared:
     validation = _validation(config, plan)
     _check_kinds(config, plan, validation)
     if isinstance(config, DiTRun) and config.evaluation.every:
-        prompts_of(config)
+        prompts_of(config, time_stride(config))
     return Prepared(config, folder, plan, validation)
 
 

@@ -17,24 +17,27 @@ from longtake.train.world_prompts import (
     Prompt,
     PromptSet,
     Scorer,
-    for_task,
     prompts,
     prompts_for,
+    shapes_for,
 )
 
 
-def prompts_of(config: DiTRun) -> PromptSet:
-    """What `evaluation` asks for; ValueError for what world or buckets do not hold."""
+def prompts_of(config: DiTRun, stride: int) -> dict[str, PromptSet]:
+    """What `evaluation` asks for, by task; `stride` is the codec's in time. ValueError for what
+    world or buckets do not hold."""
     settings = config.evaluation
-    return prompts_for(
-        config,
-        settings.families,
-        settings.captions,
-        splits=tuple(settings.splits),
-        num_prompts=settings.num_prompts,
-        num_pairs=settings.num_pairs,
-        seed=settings.seed,
-    )
+    return {
+        task: prompts_for(
+            *(config, task, settings.families, settings.captions),
+            shapes_for(config, task, stride),
+            splits=tuple(settings.splits),
+            num_prompts=settings.num_prompts,
+            num_pairs=settings.num_pairs,
+            seed=settings.seed,
+        )
+        for task in config.trained_tasks
+    }
 
 
 class WorldEvaluation:
@@ -55,24 +58,22 @@ class WorldEvaluation:
     ) -> None:
         """ValueError for families or splits that the run's buckets cannot hold."""
         self.config, self.task, self.place, self.ranks = config, task, place, ranks
-        self.wanted = prompts_of(config)
-        for name in config.trained_tasks:
-            for_task(self.wanted, name)
-        self._scorer = Scorer(self.wanted.kind, self.wanted.seed)
+        self.wanted = prompts_of(config, task.codec.strides[0])
+        kind = next(iter(self.wanted.values())).kind
+        self._scorer = Scorer(kind, config.evaluation.seed)
         self.rounds = dict(rounds)  # by task, once they are known
 
     def run(self) -> Card:
         """Draw with the weights now in the module; all ranks together, each its share."""
         painter = self.task.painter(self.place)
-        tasks = self.config.trained_tasks
-        seconds = self.config.evaluation.seconds / len(tasks)
-        rows = [row for name in tasks for row in self._score_task(painter, name, seconds)]
+        seconds = self.config.evaluation.seconds / len(self.wanted)
+        rows = [row for name in self.wanted for row in self._score_task(painter, name, seconds)]
         gathered = self.ranks.gather_data([asdict(row) for row in rows])
         return build_card([ClipScores(**row) for part in gathered for row in part], {})
 
     def _score_task(self, painter: Painter, task: str, seconds: float) -> list[ClipScores]:
         """Rows of this rank, round after round, until the number or the budget is reached."""
-        wanted, started = for_task(self.wanted, task), monotonic()
+        wanted, started = self.wanted[task], monotonic()
         everything = prompts(wanted, task, painter.codec.strides[0])
         rows: list[ClipScores] = []
         for number in range(1, wanted.num_prompts + 1):

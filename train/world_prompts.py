@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.data.config import BucketConfig
 from longtake.data.randomness import derive_seed
 from longtake.data.world import FAMILIES, Shapes, WorldClip, make_clip, make_pair, score_frames
 from longtake.data.world.clips import check_request
@@ -26,10 +25,11 @@ from longtake.data.world.given import (
     score_given,
 )
 from longtake.data.world.language import ASKING
-from longtake.models.conditioning import TASKS, GivenFrames
+from longtake.models.conditioning import TASKS, GivenFrames, unfit
 from longtake.train.card import CONTINUATION, DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
 from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
+from longtake.train.given import fitting_buckets
 from longtake.train.painter import GivenClips, Painter, noise_for
 from longtake.train.playback import to_frames, to_pixels
 from longtake.train.schema import DiTRun
@@ -119,10 +119,25 @@ def fits(family: str, shape: tuple[int, int, int]) -> bool:
     return Shapes((shape[1:],), shape[:1]).fits(family)
 
 
-def shape_for(families: Sequence[str], buckets: Sequence[BucketConfig]) -> tuple[int, int, int]:
-    """The first bucket's (T, H, W) that all families fit in; the first of all where none does."""
-    shapes = [(bucket.frames, bucket.height, bucket.width) for bucket in buckets]
-    return next((s for s in shapes if all(fits(name, s) for name in families)), shapes[0])
+def shapes_for(
+    config: DiTRun,
+    task: str,
+    stride: int,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> list[tuple[int, int, int]]:
+    """(T, H, W) of the buckets that fit a task, the longest first, with `frames` and `size` in
+    place of their own; an image stays one. `stride` is the codec's in time.
+
+    ValueError where no bucket, or not so many frames, can serve the task.
+    """
+    if TASKS[task].is_image:
+        frames = None
+    patch = config.model.patch_size[0]
+    if frames is not None and (reason := unfit(task, (frames - 1) // stride + 1, patch)):
+        raise ValueError(f"frames={frames}: task {task}: {reason}")
+    buckets = fitting_buckets(config, [task], stride)
+    return [(frames or one.frames, *(size or (one.height, one.width))) for one in buckets]
 
 
 def most_used_captions(config: DiTRun) -> str:
@@ -132,16 +147,30 @@ def most_used_captions(config: DiTRun) -> str:
 
 
 def prompts_for(
-    config: DiTRun, families: Sequence[str], kind: str | None, **settings: Any
+    config: DiTRun,
+    task: str,
+    families: Sequence[str],
+    kind: str | None,
+    shapes: Sequence[tuple[int, int, int]],
+    **settings: Any,
 ) -> PromptSet:
-    """What to ask of a run: of clips as it was trained on, unless the fields in `settings` differ.
+    """What to ask of a run under a task: clips of the first of the `shapes` that most families fit
+    in, at the rate of its training; of an image task only families that stand still.
 
-    ValueError for what world or buckets do not hold.
+    ValueError for what world or shapes do not hold.
     """
-    shape = shape_for(families, config.data.buckets)
-    own = {"shape": shape, "fps": drawn_rate(config, shape[0]) or DEFAULT_FPS}
+    shape = max(shapes, key=lambda one: sum(fits(name, one) for name in families))
+    if TASKS[task].is_image:
+        still = [name for name in families if fits(name, shape)]
+        if not still:
+            raise ValueError(
+                f"task {task}: none of the families {', '.join(families)} can be an image; name "
+                "one that can, or other tasks"
+            )
+        families, settings = still, settings | {"num_pairs": 0, "drift": 1}
+    fps = drawn_rate(config, shape[0]) or DEFAULT_FPS
     kind = kind or most_used_captions(config)
-    return PromptSet(families=tuple(families), kind=kind, **{**own, **settings})
+    return PromptSet(families=tuple(families), kind=kind, shape=shape, fps=fps, **settings)
 
 
 def prompts(
@@ -165,23 +194,6 @@ def prompts(
             else:
                 clip, twin = make_clip(*place, frames=frames, **options), None
             yield Prompt(clip, twin, window=window)
-
-
-def for_task(wanted: PromptSet, task: str) -> PromptSet:
-    """What to ask under a task: of t2i images, from the families that stand still.
-
-    ValueError where none of them does.
-    """
-    if not TASKS[task].is_image:
-        return wanted
-    shape = (1, *wanted.shape[1:])
-    families = tuple(name for name in wanted.families if fits(name, shape))
-    if not families:
-        raise ValueError(
-            f"task {task}: none of the families {', '.join(wanted.families)} can be an image; name "
-            "one that can, or other tasks"
-        )
-    return replace(wanted, families=families, shape=shape, num_pairs=0, drift=1)
 
 
 def batches(items: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -162,7 +162,8 @@ def test_identity_has_truth_for_a_ceiling(road: Road, tmp_path: Path) -> None:
 def test_every_task_is_drawn_from_its_frames_and_scored(road: Road, tmp_path: Path) -> None:
     sizes = ("codec=identity", "model.in_channels=3", "model.out_channels=3")
     every = f"tasks={{{', '.join(f'{name}: 1' for name in TASKS)}}}"
-    bucket = "data.buckets=[{frames:5,height:16,width:16,batch_size:2}]"
+    sides = "height:16,width:16,batch_size:2"
+    bucket = f"data.buckets=[{{frames:5,{sides}}}, {{frames:1,{sides}}}]"
     run = write_dit_run(
         *(tmp_path / "dit", road.pixels, *sizes, "model.patch_size=[1,4,4]", every, bucket)
     )
@@ -191,9 +192,32 @@ def test_i2v_starts_from_the_true_frame(road: Road, tmp_path: Path) -> None:
 
 def test_the_run_says_what_is_asked_by_default(road: Road) -> None:
     config = read_run_config(find_run(road.dit))
-    wanted, tasks = resolve(config, EvaluateOptions())  # pyright: ignore[reportArgumentType]
-    assert wanted.families == tuple(sorted(FAMILIES)) and wanted.shape == (5, 16, 16)
-    assert wanted.kind == "short" and tasks == ["t2v", "i2v"]
+    wanted = resolve(config, EvaluateOptions(), 2)  # pyright: ignore[reportArgumentType]
+    assert list(wanted) == ["t2v", "i2v"] and wanted["i2v"] == wanted["t2v"]
+    one = wanted["t2v"]
+    assert one.families == tuple(sorted(FAMILIES)) and one.shape == (5, 16, 16)
+    assert one.kind == "short"
+
+
+def test_each_task_is_asked_at_a_shape_that_fits_it(road: Road, tmp_path: Path) -> None:
+    """The longest, whatever bucket comes first: a join needs five latent frames, i2v two."""
+    sizes = ("codec=identity", "model.in_channels=3", "model.out_channels=3")
+    buckets = ", ".join(f"{{frames:{n},height:16,width:16,batch_size:2}}" for n in (1, 3, 5))
+    run = write_dit_run(
+        *(tmp_path / "dit", road.pixels, *sizes, "model.patch_size=[1,4,4]"),
+        *(f"data.buckets=[{buckets}]", "tasks={t2v: 1, t2i: 1, i2v: 1, join: 1}"),
+    )
+    few = replace(OPTIONS, num_prompts=1, num_shown=0, steps=1)
+    card = evaluate_run(run, few, tmp_path / "out").card
+    long = dict.fromkeys(("t2v", "i2v", "join"), (5, 16, 16))
+    assert card.about["shapes"] == {**long, "t2i": (1, 16, 16)}
+    assert {score.task for score in card.scores} == {"t2v", "t2i", "i2v", "join"}
+    with pytest.raises(ValueError, match="frames=3: task join: it needs 5 latent frames"):
+        evaluate_run(run, replace(few, frames=3), tmp_path / "none")
+    short = write_dit_run(tmp_path / "short", road.latents, "tasks={t2v: 1, i2v: 0, join: 1}")
+    with pytest.raises(ValueError, match=r"none is fit for join: .*needs 5.* has 3 \(5x16x16\)"):
+        evaluate_run(short, few, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import pytest
 
 from longtake.data.decode import probe
 from longtake.train.encode import encode_shards
+from longtake.train.evaluate import EvaluateOptions, resolve
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips
 from longtake.train.export import export_run
 from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
 from longtake.train.runs import load_dit
 from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
-from longtake.train.world_prompts import prompts_for
 
 from .conftest import Road, small_text
 from .small_runs import FAMILIES, write_dit_run, write_world
@@ -38,8 +38,8 @@ def test_the_catalogue_knows_the_rate_of_cached_latents(
     assert probe(path.read_bytes()).fps == 4
     assert json.loads(path.with_suffix(".json").read_text())["fps"] == 4
     config = load_dit(slow).config
-    wanted = prompts_for(config, FAMILIES, None, splits=("val",), num_prompts=1)
-    assert wanted.fps == 4
+    options = EvaluateOptions(families=FAMILIES, num_prompts=1)
+    assert {one.fps for one in resolve(config, options, 2).values()} == {4}
     report = export_run(slow, tmp_path / "pipeline")
     assert "at 4 frames per second" in (report.out / "README.md").read_text()
     options = ClipsOptions(num_clips=2, memorisation=False, num_shown=0)

@@ -32,6 +32,17 @@ def test_every_step_has_its_card(shards: Path, tmp_path: Path) -> None:
         assert "eval/t2v/val/move/pair_flip" in row
 
 
+def test_tasks_that_short_buckets_do_not_fit_are_evaluated(shards: Path, tmp_path: Path) -> None:
+    sides = "height:16,width:16,batch_size:2"
+    mixed = f"data.buckets=[{{frames:1,{sides},optional:true}}, {{frames:5,{sides}}}]"
+    tasks = "tasks={t2v: 1, t2i: 1, i2v: 1, join: 1}"
+    few = "evaluation.num_prompts=1", "evaluation.num_pairs=0", "train.steps=1"
+    assert train_here(options(shards, tmp_path, *EVALUATION, *few, mixed, tasks)) == 0
+    for task in ("t2v", "i2v", "join"):  # whatever moves: none of it is asked of one frame
+        assert f"eval/{task}/val/move/direction" in rows(tmp_path)[0]
+    assert "eval/t2i/val/move/colour" in rows(tmp_path)[0]
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("engine", ["ddp", "deepspeed_zero3"])
 def test_two_ranks_see_the_card_of_one(engine: str, shards: Path, tmp_path: Path) -> None:
