@@ -105,8 +105,10 @@ def sample_arguments(parser: argparse.ArgumentParser) -> None:
         help="a number the run was told (numbers.sources); may be repeated",
     )
     parser.add_argument("--out", type=Path, help="folder (default: RUN/samples/command)")
-    parser.add_argument("--frames", type=positive, help="(default: the run's first bucket)")
-    parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: the run's first bucket)")
+    parser.add_argument(
+        "--frames", type=positive, help="(default: the longest bucket that fits the task)"
+    )
+    parser.add_argument("--size", type=size, help="HEIGHTxWIDTH (default: that of this bucket)")
     parser.add_argument("--fps", type=float, help="(default: the rate of the training clips)")
     parser.add_argument("--num", type=positive, default=1, help="videos per prompt")
     parser.add_argument(

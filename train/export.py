@@ -16,7 +16,6 @@ from torch import Tensor
 
 from longtake.data.catalogue import load_catalogue
 from longtake.data.config import BucketConfig
-from longtake.models.conditioning import unfit
 from longtake.models.interop import (
     dit_layer_names,
     dit_to_diffusers,
@@ -28,6 +27,7 @@ from longtake.models.text import Tokenizer
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import IMAGE_PATCH, check_exportable, draws_from_image, to_tree
 from longtake.train.export_card import model_card
+from longtake.train.given import fitting_buckets
 from longtake.train.lora import split_adapters
 from longtake.train.painter import GivenClips, Painter, noise_for, sampler_of
 from longtake.train.run_folder import CONFIG, check_replaceable, written_whole
@@ -82,12 +82,7 @@ def export_run(
         (scratch / "data_manifest.json").write_text(json.dumps(data, indent=1) + "\n")
         (scratch / CONFIG).write_text(json.dumps(to_tree(run.config), indent=1) + "\n")
         tasks = exported_tasks(run.config)
-        patch = run.config.model.patch_size[0]
-        bucket = next(  # there is one: tasks ask for no more than a least length
-            bucket
-            for bucket in run.config.data.buckets
-            if not any(unfit(task, codec.latent_frames(bucket.frames), patch) for task in tasks)
-        )
+        bucket = fitting_buckets(run.config, tasks, codec.strides[0])[0]
         card = model_card(run, codec, data, tasks, bucket)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         worst = verify(scratch, run, codec, tasks, bucket)

@@ -20,6 +20,7 @@ from longtake.models.sampler import SamplerConfig
 from longtake.train.caption_rows import FPS
 from longtake.train.codec import load_codec
 from longtake.train.frame_rate import drawn_rate
+from longtake.train.given import fitting_buckets
 from longtake.train.given_files import read_given
 from longtake.train.painter import Painter, noise_for, sampler_of
 from longtake.train.playback import IMAGE_FPS, enlarge, to_frames, viewing_mp4
@@ -29,8 +30,8 @@ from longtake.train.schema import DiTRun
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw. None stands for the run's own value (`samples.*`, first bucket, the rate of
-    its clips)."""
+    """What to draw. None stands for the run's own value (`samples.*`, the longest bucket that
+    fits the task, the rate of its clips)."""
 
     prompts: Sequence[str]
     num_videos: int = 1  # per prompt
@@ -71,8 +72,8 @@ def sample_to_files(
     )
     painter = Painter(run, codec, sampler, precision=run.config.engine.precision)
     painter.warn_of_cut(request.prompts)
-    bucket = run.config.data.buckets[0]
-    frames = request.frames or (1 if request.task == "t2i" else bucket.frames)
+    bucket = fitting_buckets(run.config, [request.task], codec.strides[0])[0]
+    frames = request.frames or bucket.frames
     height, width = request.size or (bucket.height, bucket.width)
     shape = codec.latent_shape(frames, height, width)
     run.dit.config.grid(shape[1:])

@@ -26,10 +26,11 @@ class Validation:
         return self._read(self.ranks.data_rank, self.ranks.num_data_ranks)
 
     def head(self) -> list[Batch]:
-        """The first validation.num_videos clips, of one shape, alike on all ranks."""
+        """The first validation.num_videos clips of one shape, the longest that can be read, alike
+        on all ranks."""
         head: list[Batch] = []
         missing = self.config.validation.num_videos
-        for batch in self._read(0, 1) if missing else ():
+        for batch in self._read(0, 1, longest_first=True) if missing else ():
             shape = batch.clips[0].sample.shape if batch.counted else None
             if missing <= 0 or (head and shape != head[0].clips[0].sample.shape):
                 break
@@ -38,10 +39,14 @@ class Validation:
                 missing -= len(batch.clips)
         return head
 
-    def _read(self, data_rank: int, num_data_ranks: int) -> Iterator[Batch]:
+    def _read(
+        self, data_rank: int, num_data_ranks: int, *, longest_first: bool = False
+    ) -> Iterator[Batch]:
         if self.plan is None:
             return
         micro_batches = self.plan.micro_batches(data_rank, num_data_ranks)
+        if longest_first:
+            micro_batches.sort(key=lambda batch: -batch.samples[0].shape[0])
         batches = read_batches(self.plan.tables, self.plan.config, micro_batches)
         for batch in read_once(batches, len(micro_batches), self.ranks):
             self.left_out.update({bad.sample_id: bad.reason for bad in batch.excluded})

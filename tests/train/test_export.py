@@ -88,6 +88,15 @@ def test_what_has_no_stock_form_is_refused(
         check_exportable(load_dit(run).config)
 
 
+def test_videos_are_verified_where_images_come_first(road: Road, tmp_path: Path) -> None:
+    buckets = ", ".join(f"{{frames:{n},height:16,width:16,batch_size:2}}" for n in (1, 5))
+    tasks = f"data.buckets=[{buckets}]", "tasks={t2v: 1, t2i: 1, i2v: 0}"
+    run = write_dit_run(tmp_path / "dit", road.latents, *tasks)
+    report = export_run(run, tmp_path / "pipeline")
+    assert set(report.worst) == {"t2v"}
+    assert "num_frames=5" in (report.out / "README.md").read_text()
+
+
 def test_text_to_video_alone_is_said(road: Road, tmp_path: Path) -> None:
     run = write_dit_run(tmp_path / "dit", road.latents, "model.patch_size=[1,1,1]")
     report = export_run(run, tmp_path / "pipeline")

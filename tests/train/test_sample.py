@@ -130,6 +130,27 @@ def test_identity_codec_draws_without_a_vae(road: Road, tmp_path: Path) -> None:
     assert read_footage_file(path).frames.shape == (FRAMES, SIDE, SIDE, 3)
 
 
+def test_videos_are_drawn_where_images_come_first(road: Road, tmp_path: Path) -> None:
+    sizes = ("codec=identity", "model.in_channels=3", "model.out_channels=3")
+    buckets = ", ".join(f"{{frames:{n},height:16,width:16,batch_size:2}}" for n in (1, 5))
+    run = write_dit_run(
+        *(tmp_path / "dit", road.pixels, *sizes, "model.patch_size=[1,4,4]"),
+        *(f"data.buckets=[{buckets}]", "tasks={t2v: 1, t2i: 1, i2v: 1}"),
+    )
+    picture = tmp_path / "first.png"
+    picture.write_bytes(encode_image(np.zeros((SIDE, SIDE, 3), np.uint8)))
+    for task, given in (("t2v", []), ("i2v", [str(picture)])):
+        request = SampleRequest(PROMPTS[:1], task=task, given=given, upscale=1)
+        (path,) = sample_to_files(run, request, tmp_path / task, device="cpu")
+        assert probe(path.read_bytes()).frames == FRAMES
+    request = SampleRequest(PROMPTS[:1], task="t2i")
+    (path,) = sample_to_files(run, request, tmp_path / "t2i", device="cpu")
+    assert path.suffix == ".png"
+    with pytest.raises(ValueError, match="none is fit for join: task join: it needs 5"):
+        request = SampleRequest(PROMPTS[:1], task="join")
+        sample_to_files(road.dit, request, tmp_path / "join", device="cpu")
+
+
 def test_slug() -> None:
     assert slug("A red circle, moving LEFT!") == "a-red-circle-moving-left"
     assert slug("一个") == "prompt"

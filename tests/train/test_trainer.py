@@ -18,6 +18,7 @@ from longtake.train.run_folder import (
     read_marker,
 )
 from tests.train.forked import import_before_fork, run_ranks
+from tests.train.small_runs import write_world
 from tests.train.tiny_runs import (
     TINY_VAE,
     kill_group,
@@ -293,6 +294,23 @@ def test_a_dit_run_draws_its_prompts(shards: Path, tmp_path: Path) -> None:
     captions = json.loads((drawn / "prompts.json").read_text())
     assert captions == {"sample-00": "a red circle", "sample-01": "ein blauer Kreis"}
     assert probe((drawn / "sample-01.mp4").read_bytes()).frames == 5
+
+
+def test_a_run_with_images_first_draws_videos(shards: Path, tmp_path: Path) -> None:
+    images = write_world(tmp_path / "images", frames=1)
+    buckets = ", ".join(f"{{frames:{n},height:16,width:16,batch_size:2}}" for n in (1, 5))
+    listed = ", ".join(f"{{path: {path}, captions: {{short: 1}}}}" for path in (images, "VIDEOS"))
+    mixed = [
+        f"data.{name}=[{listed.replace('VIDEOS', f'{shards}/{name}')}]" for name in ("train", "val")
+    ]
+    more = f"data.buckets=[{buckets}]", "tasks={t2v: 1, i2v: 1}", "train.sample_every=1"
+    folder = tmp_path / "run"
+    paths = [f"data.{name}.0.path" for name in ("train", "val")]
+    overrides = [one for one in options(shards, folder) if one.split("=")[0] not in paths]
+    assert train_here([*overrides, *mixed, *more, "train.steps=1"]) == 0
+    drawn = folder / "samples" / "step-00000001"
+    for name in ("sample-00", "i2v-00"):
+        assert probe((drawn / f"{name}.mp4").read_bytes()).frames == 5
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
