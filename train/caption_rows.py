@@ -11,10 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from longtake.data.catalogue import open_manifest, read_parts
 from longtake.data.latents import read_empty_text
 from longtake.data.loader import Clip
 from longtake.data.randomness import uniform
 from longtake.models.text import TextEncoder, Tokenizer
+from longtake.train.checks import require
 from longtake.train.schema import DiTRun
 
 FPS = "fps"  # the source of a number that every clip has
@@ -43,47 +45,43 @@ class CaptionRows:
 
     def whole(self, clips: Sequence[Clip]) -> list[Tensor]:
         """Captions and all that is known of the clips, as validation tells them."""
-        rows = []
-        for row, clip in zip(self._captions(clips), clips, strict=True):
-            numbers = self._numbers(clip, list(self.config.numbers.told))
+        rows, told = self._captions(clips), [self.known(clip) for clip in clips]
+        for row, clip, numbers in zip(rows, clips, told, strict=True):
             self._is_cut(row, clip, numbers)
-            rows.append(self._tell(row, numbers))
-        return self._finish(rows)
+        return self._finish(tell(rows, told, self.tokenizer))
 
     def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor], list[bool]]:
         """The same with captions and numbers dropped, each by itself, a caption for that of the
         empty prompt; and whether each caption, dropped or not, is cut at `text.max_length`.
         ValueError for such a caption with text.too_long=refuse."""
-        config, rows, are_cut = self.config, [], []
+        config, rows, told, are_cut = self.config, [], [], []
         for row, clip in zip(self._captions(clips), clips, strict=True):
             draw = partial(uniform, clip.sample.seed)
-            words = [w for w in config.numbers.told if draw(f"drop_{w}") >= config.numbers.dropout]
-            numbers = self._numbers(clip, words)
+            known = self.known(clip).items()
+            numbers = {w: x for w, x in known if draw(f"drop_{w}") >= config.numbers.dropout}
             are_cut.append(self._is_cut(row, clip, numbers))
-            is_dropped = draw("drop_text") < config.caption_dropout
-            rows.append(self._tell(self._empty if is_dropped else row, numbers))
-        return self._finish(rows), are_cut
+            rows.append(self._empty if draw("drop_text") < config.caption_dropout else row)
+            told.append(numbers)
+        return self._finish(tell(rows, told, self.tokenizer)), are_cut
 
-    def of_texts(self, captions: Sequence[str]) -> list[Tensor]:
-        """Rows of any captions; "" is cached where the others were."""
+    def of_texts(
+        self, captions: Sequence[str], numbers: Sequence[Mapping[str, float]]
+    ) -> list[Tensor]:
+        """Rows of any captions with what is told behind each; "" is cached where the others
+        were."""
         if self._is_cached and not any(captions):
             return [self._empty] * len(captions)
-        return self._encode(self.tokenizer(captions))
+        return self._encode(tell(self.tokenizer(captions), numbers, self.tokenizer))
+
+    def known(self, clip: Clip) -> dict[str, float]:
+        """What is known of a clip, of all that is told."""
+        return known_numbers(self.config, clip.fps, clip.scores)
 
     def _captions(self, clips: Sequence[Clip]) -> list[Tensor]:
         """From the cache where it holds them, else token ids made here."""
         return [
             self.tokenizer([clip.caption])[0] if clip.text is None else clip.text for clip in clips
         ]
-
-    def _numbers(self, clip: Clip, words: Sequence[str]) -> dict[str, float]:
-        """Those of the words that are known of the clip."""
-        told = self.config.numbers.told
-        numbers = {w: clip.fps if told[w] == FPS else clip.scores.get(told[w]) for w in words}
-        return {word: value for word, value in numbers.items() if value is not None}
-
-    def _tell(self, row: Tensor, numbers: Mapping[str, float]) -> Tensor:
-        return join_words(row, numbers, self.tokenizer) if numbers else row
 
     def _is_cut(self, row: Tensor, clip: Clip, numbers: Mapping[str, float]) -> bool:
         """Whether the caption's row loses something to the limit or to the numbers behind it.
@@ -109,6 +107,41 @@ class CaptionRows:
 
     def _encode(self, ids: list[Tensor]) -> list[Tensor]:
         return ids if self.config.text.is_trained else self.frozen.rows(ids)
+
+
+def known_numbers(
+    config: DiTRun, fps: float, scores: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Words and numbers that are told of a clip of this rate and these scores."""
+    values = {**(scores or {}), FPS: fps}
+    told = config.numbers.told.items()
+    return {word: values[source] for word, source in told if source in values}
+
+
+def check_scores(config: DiTRun) -> None:
+    """ValueError for a score that is to be told and that no training sample has."""
+    wanted = {word: source for word, source in config.numbers.told.items() if source != FPS}
+    known: set[str] = set()
+    for dataset in config.data.train if wanted else ():
+        manifest = open_manifest(dataset.path, dataset.catalogue, config.data.cache)
+        scores = read_parts(manifest, list(manifest.shards), ["scores"])["scores"]
+        known.update(*(chunk.keys.unique().to_pylist() for chunk in scores.chunks))
+    for word, source in wanted.items():
+        require(
+            source in known,
+            f"numbers.sources.{word}={source}: no sample of data.train has such a score (they have "
+            f"{', '.join(sorted(known)) or 'none'}); name one of theirs, fps, or null",
+        )
+
+
+def tell(
+    rows: Sequence[Tensor], numbers: Sequence[Mapping[str, float]], tokenizer: Tokenizer
+) -> list[Tensor]:
+    """Token ids of captions, each with its numbers behind it, if any."""
+    return [
+        join_words(row, told, tokenizer) if told else row
+        for row, told in zip(rows, numbers, strict=True)
+    ]
 
 
 def join_words(row: Tensor, numbers: Mapping[str, float], tokenizer: Tokenizer) -> Tensor:

@@ -21,6 +21,7 @@ from longtake.data.world.given import held_frames
 from longtake.models.conditioning import given_mask, noise_levels, num_noisy_tokens, unfit
 from longtake.models.flow import Prediction, add_noise, flow_loss
 from longtake.models.image_condition import with_channels
+from longtake.train.caption_rows import known_numbers, tell
 from longtake.train.codec import Codec
 from longtake.train.fidelity import ClipScorer, VideoDetector, flicker, psnr, ssim
 from longtake.train.painter import GivenClips, Painter, noise_for
@@ -145,7 +146,8 @@ class Judge:
         seeds = [derive_seed(self.seed, clip.sample.key) for clip in batch.clips]
         noise = torch.stack([noise_for(seed, truth.latents.shape[1:]) for seed in seeds])
         given = GivenClips(truth.clips * 2 - 1, frames) if frames.runs else None
-        return self.painter.draw([clip.caption for clip in batch.clips], noise, given)
+        captions = [clip.caption for clip in batch.clips]
+        return self.painter.draw(captions, noise, given, numbers=self._numbers(batch))
 
     def _compare(
         self, task: str, drawn: View, truth: View, codec: Tensor
@@ -181,7 +183,9 @@ class Judge:
             clips = truth.clips * 2 - 1
             segments = self.codec.encode_segments(clips, frames)
             channels = self.codec.encode_channels(clips, [frames] * len(clips))
-        embeds, lens = self.run.text(self.painter.tokenizer([clip.caption for clip in batch.clips]))
+        tokenizer = self.painter.tokenizer
+        rows = tokenizer([clip.caption for clip in batch.clips])
+        embeds, lens = self.run.text(tell(rows, self._numbers(batch), tokenizer))
         prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"
         losses = []
         for level in config.validation.noise_levels:
@@ -200,6 +204,10 @@ class Judge:
                 flow_loss(output, clean, noise, t, given, prediction=prediction, patch_size=patch)
             )
         return torch.stack(losses).mean(0) / num_noisy_tokens(mask, patch)
+
+    def _numbers(self, batch: Batch) -> list[dict[str, float]]:
+        """What is told behind the captions, as in validation: all that is known of each clip."""
+        return [known_numbers(self.run.config, clip.fps, clip.scores) for clip in batch.clips]
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         bf16 = self.run.config.engine.precision == "bf16"

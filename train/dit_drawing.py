@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from longtake.data.plan.costs import micro_batch_size, resolve_buckets
 from longtake.data.randomness import derive_seed
 from longtake.models.sampler import Given, sample
 from longtake.models.tokens import Segment
+from longtake.train.caption_rows import known_numbers
 from longtake.train.engine import Engine
 from longtake.train.given import Drawn, masks_of
 from longtake.train.painter import noise_for
@@ -38,12 +39,16 @@ def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> lis
         return []
     fixed, captions = task.config.samples.prompts, [clip.caption for clip in clips]
     prompts = fixed or captions
-    numbers = [0 if fixed else number for number in range(len(prompts))]
-    rows = task.captions.of_texts(fixed) if fixed else task.captions.whole(clips)
+    noises = [0 if fixed else number for number in range(len(prompts))]
     fps, shape = clips[0].fps, task.conditions.latent_shape(clips[0].sample)
+    if fixed:
+        told = [known_numbers(task.config, fps)] * len(fixed)
+        rows = task.captions.of_texts(fixed, told)
+    else:
+        told, rows = [task.captions.known(clip) for clip in clips], task.captions.whole(clips)
     most = _micro_batch_size(task.config.data, clips[0].sample.shape)
     parts = [slice(start, start + most) for start in range(0, len(rows), most)]
-    videos = [_draw(task, engine, rows[part], numbers[part], shape) for part in parts]
+    videos = [_draw(task, engine, rows[p], told[p], noises[p], shape) for p in parts]
     drawings = _named("sample", torch.cat(videos), prompts, fps)
     parts = [slice(start, start + most) for start in range(0, len(clips), most)]
     for name in task.config.trained_tasks:
@@ -74,27 +79,30 @@ def _draw_given(task: DiTTask, engine: Engine, batch: Batch, first: int, drawn: 
     segments = [Segment(torch.stack([s.latents for s in x]), x[0].start) for x in shown]
     given = Given(task.clean(batch), masks, task.patch_size, segments=segments)
     channels = task.channels(batch, [drawn] * len(clips))
-    numbers = range(first, first + len(clips))
-    return _draw(task, engine, task.captions.whole(clips), numbers, shape, given, channels)
+    rows, told = task.captions.whole(clips), [task.captions.known(clip) for clip in clips]
+    noises = range(first, first + len(clips))
+    return _draw(task, engine, rows, told, noises, shape, given, channels)
 
 
 def _draw(
     task: DiTTask,
     engine: Engine,
     rows: Sequence[Tensor],
-    numbers: Sequence[int],
+    told: Sequence[Mapping[str, float]],
+    noises: Sequence[int],
     shape: tuple[int, int, int],
     given: Given | None = None,
     channels: Tensor | None = None,
 ) -> Tensor:
-    """Pixels (B, 3, T, H, W), each from the noise of its number; `channels` None: none is given."""
+    """Pixels (B, 3, T, H, W), each from the noise of its number; what is `told` in its row is told
+    behind the negative prompt, too. `channels` None: none is given."""
     settings, encode = task.config.samples, task.module.encode
-    seeds = [derive_seed(settings.seed, number) for number in numbers]
+    seeds = [derive_seed(settings.seed, number) for number in noises]
     size = (task.codec.channels, *shape)
     if channels is None:
         channels = task.codec.no_channels(shape, len(rows))
     noise = [noise_for(seed, size) for seed in seeds]
-    negative = task.captions.of_texts([settings.negative_prompt]) * len(rows)
+    negative = task.captions.of_texts([settings.negative_prompt] * len(rows), told)
     with engine.autocast():
         latents = sample(
             task.module.dit,

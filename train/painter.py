@@ -17,7 +17,7 @@ from longtake.models.flow import add_noise
 from longtake.models.sampler import Given, SamplerConfig, TextInput, sample
 from longtake.models.text import Tokenizer
 from longtake.models.tokens import Segment
-from longtake.train.caption_rows import join_words
+from longtake.train.caption_rows import tell
 from longtake.train.codec import Codec
 from longtake.train.runs import LoadedDiT
 from longtake.train.schema import DiTRun
@@ -53,13 +53,13 @@ class Painter:
         on_step: Callable[[int], None] | None = None,
         *,
         negative: str | None = None,
-        numbers: Mapping[str, float] | None = None,
+        numbers: Sequence[Mapping[str, float]] | None = None,
     ) -> Tensor:
         """Pixels (B, 3, T, H, W) in [-1, 1] from noise (B, C, T', H', W') of the latents' shape.
 
         Frames that are given in place are kept, those encoded alone are drawn with all the others.
-        `negative` None stands for the run's own. `numbers` are told behind prompts and negative
-        prompt alike: guidance leads towards the prompt.
+        `negative` None stands for the run's own. The `numbers` of each prompt are told behind it
+        and behind the negative prompt alike: guidance leads towards the prompt.
         """
         with self._autocast():
             text, empty = self._encode(prompts, numbers), None
@@ -81,11 +81,11 @@ class Painter:
             return self.codec.decode(latents).float()
 
     def _encode(
-        self, captions: Sequence[str], numbers: Mapping[str, float] | None = None
+        self, captions: Sequence[str], numbers: Sequence[Mapping[str, float]] | None
     ) -> TextInput:
         rows = self.tokenizer(captions)
-        if numbers:
-            rows = [join_words(row, numbers, self.tokenizer) for row in rows]
+        if numbers is not None:
+            rows = tell(rows, numbers, self.tokenizer)
         embeds, lens = self.run.text(rows)
         return TextInput(embeds.float(), lens)
 

@@ -17,7 +17,7 @@ from rich.progress import Progress, TaskID
 from longtake.data.decode import encode_image, encode_video
 from longtake.data.randomness import derive_seed
 from longtake.models.sampler import SamplerConfig
-from longtake.train.caption_rows import FPS
+from longtake.train.caption_rows import known_numbers
 from longtake.train.codec import load_codec
 from longtake.train.frame_rate import drawn_rate
 from longtake.train.given import fitting_buckets
@@ -96,7 +96,7 @@ def sample_to_files(
                 *([prompt for prompt, _ in batch], noise, given),
                 on_step=partial(_advance, progress, bar, len(batch)),
                 negative=request.negative,
-                numbers=numbers,
+                numbers=[numbers] * len(batch),
             )
             for index, ((prompt, n), pixels) in enumerate(zip(batch, video, strict=True), start):
                 about = {"prompt": prompt, "video": n, **describe(request, run, sampler, fps)}
@@ -132,7 +132,7 @@ def numbers_of(request: SampleRequest, config: DiTRun, fps: float) -> dict[str, 
         if name not in sources:
             known = ", ".join(sources) or "nothing"
             raise ValueError(f"--tell {name}: the run was told {known} (numbers.sources)")
-    told = {name: fps for name, source in sources.items() if source == FPS} | dict(request.numbers)
+    told = known_numbers(config, fps) | dict(request.numbers)
     return {name: told[name] for name in sources if name in told}
 
 

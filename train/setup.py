@@ -25,6 +25,7 @@ from longtake.data.plan import Plan, rank_slots
 from longtake.data.plan.val_plan import ValPlan
 from longtake.train import checkpoint
 from longtake.train.attempts import Attempts
+from longtake.train.caption_rows import check_scores
 from longtake.train.checkpoint_copy import CheckpointCopies, copy_url
 from longtake.train.checkpoint_writer import BackgroundWriter
 from longtake.train.checks import require
@@ -102,6 +103,8 @@ def check(config: VAERun | DiTRun) -> Prepared:
     plan = Plan.from_config(config.data, config.seed)
     validation = _validation(config, plan)
     _check_kinds(config, plan, validation)
+    if isinstance(config, DiTRun):
+        check_scores(config)
     if isinstance(config, DiTRun) and config.evaluation.every:
         prompts_of(config, time_stride(config))
     return Prepared(config, folder, plan, validation)

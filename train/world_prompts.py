@@ -26,6 +26,7 @@ from longtake.data.world.given import (
 )
 from longtake.data.world.language import ASKING
 from longtake.models.conditioning import TASKS, GivenFrames, unfit
+from longtake.train.caption_rows import known_numbers
 from longtake.train.card import CONTINUATION, DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
 from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
@@ -226,7 +227,12 @@ def draw(
     ]
     frames = given_of(painter, task, len(clips[0].frames))
     given = GivenClips(stack(clips), frames) if frames.runs else None
-    video = painter.draw([clip.captions[kind] for clip in clips], torch.stack(noise), given)
+    config = painter.run.config
+    fps = clips[0].fps if len(clips[0].frames) > 1 else config.data.fps or 0.0
+    video = painter.draw(
+        *([clip.captions[kind] for clip in clips], torch.stack(noise), given),
+        numbers=[known_numbers(config, fps)] * len(clips),
+    )
     drawn = iter(to_frames(pixels) for pixels in video)
     return [[next(drawn) for _ in item.clips] for item in batch]
 

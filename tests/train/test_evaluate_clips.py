@@ -95,7 +95,10 @@ def test_another_seed_draws_other_clips(identity: Path, road: Road, tmp_path: Pa
     assert any(line.startswith("PSNR, SSIM") for line in one.card.not_measured)
 
 
-def test_the_loss_is_that_of_validation(identity: Path, road: Road, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_validation(road: Road, tmp_path: Path) -> None:
+    """Numbers behind the captions included."""
+    told = "numbers.sources={fps: fps, motion: motion_score}"
+    identity = write_dit_run(tmp_path / "dit", road.pixels, *IDENTITY, told)
     options = replace(OPTIONS, tasks=("t2v",), memorisation=False)
     result = evaluate_clips(identity, road.val, options, tmp_path / "out", device="cpu")
     run = load_dit(identity)
@@ -115,7 +118,7 @@ def draw_instead(
 ) -> None:
     """Let the run draw what `truth` holds for a caption, changed."""
 
-    def draw(self: Painter, prompts: list[str], noise: Tensor, first: Tensor | None) -> Tensor:
+    def draw(self: Painter, prompts: list[str], *_: object, **__: object) -> Tensor:
         return torch.stack([change(truth[prompt].clone()) for prompt in prompts])
 
     monkeypatch.setattr(Painter, "draw", draw)

@@ -3,15 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from longtake.data.decode import probe
 from longtake.train.encode import encode_shards
-from longtake.train.evaluate import EvaluateOptions, resolve
+from longtake.train.evaluate import EvaluateOptions, evaluate_run, resolve
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips
 from longtake.train.export import export_run
 from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
+from longtake.train.painter import Painter
 from longtake.train.runs import load_dit
 from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
@@ -46,6 +49,27 @@ def test_the_catalogue_knows_the_rate_of_cached_latents(
     own = Path(config.data.train[0].path).parent / "pixels"
     result = evaluate_clips(slow, own, options, tmp_path / "clips", device="cpu")
     assert result.card.about["fps"] == 4  # also where the training set is not searched
+
+
+def test_evaluation_tells_what_training_told(
+    slow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kinds of it, as `longtake sample` does."""
+    told: list[Any] = []
+    draw = Painter.draw
+
+    def keep(self: Painter, *args: Any, **settings: Any) -> Tensor:
+        told.extend(settings["numbers"])
+        return draw(self, *args, **settings)
+
+    monkeypatch.setattr(Painter, "draw", keep)
+    few = EvaluateOptions(splits=("val",), num_prompts=1, num_shown=0, weights=("ema",), steps=1)
+    evaluate_run(slow, few, tmp_path / "world")
+    own = Path(load_dit(slow).config.data.train[0].path).parent / "pixels"
+    options = ClipsOptions(num_clips=2, memorisation=False, num_shown=0, steps=1)
+    evaluate_clips(slow, own, options, tmp_path / "clips", device="cpu")
+    sample_to_files(slow, SampleRequest(["a"], steps=1), tmp_path / "drawn", device="cpu")
+    assert len(told) > 3 and all(one == {"fps": 4} for one in told)
 
 
 def test_who_says_more_is_heard(slow: Path) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from longtake.data.decode import encode_image, encode_video
 from longtake.data.plan.planned import PlannedSample
 from longtake.models.conditioning import GivenFrames
 from longtake.models.text import TextConfig, Tokenizer
+from longtake.train import caption_rows
 from longtake.train.caption_rows import join_words
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import parse_config
@@ -20,7 +22,7 @@ from longtake.train.runs import load_dit
 from longtake.train.schema import DiTRun
 
 from .conftest import Road
-from .tiny_runs import options, tree
+from .tiny_runs import options, train_here, tree
 
 IDENTITY = Codec(3, (1, 1, 1), torch.tensor(0.0), torch.tensor(1.0))
 SAMPLE = PlannedSample(
@@ -188,3 +190,26 @@ def test_numbers_stand_behind_a_caption_and_a_long_one_makes_room() -> None:
         text = tokenizer.tokenizer.decode(told, skip_special_tokens=True, errors="ignore")
         assert text.endswith("(fps 8, motion 0.123)") and len(told) <= 32
         assert torch.equal(told[:10], row[:10])
+
+
+def test_what_is_told_behind_captions_is_told_behind_prompts(
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    told, tell = [], caption_rows.tell
+
+    def keep(rows: Any, numbers: Any, tokenizer: Tokenizer) -> Any:
+        told.append(list(numbers))
+        return tell(rows, numbers, tokenizer)
+
+    monkeypatch.setattr(caption_rows, "tell", keep)
+    more = "samples.prompts=[red,blue]", "numbers.sources={fps: fps}", "train.sample_every=1"
+    assert train_here(options(shards, tmp_path / "run", *more, "train.steps=1")) == 0
+    pairs = [numbers for numbers in told if len(numbers) == 2]  # clips come one by one
+    assert pairs == [[{"fps": 8.0}] * 2] * 4  # prompts and negative ones, at steps 0 and 1
+    nobody = options(shards, tmp_path / "no", "numbers.sources={motion: nosuchscore}")
+    assert train_here(nobody) == 1
+    assert "numbers.sources.motion=nosuchscore: no sample" in capfd.readouterr().err
+    assert not (tmp_path / "no").exists()
