@@ -59,6 +59,8 @@ class SamplerConfig:
     solver: Literal["euler", "unipc"] = "euler"
 
     def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise ValueError(f"sampler.solver={self.solver} must be one of {', '.join(SOLVERS)}")
         if self.steps < 1:
             raise ValueError(f"sampler.steps={self.steps} must be at least 1")
         if self.shift <= 0:
@@ -82,8 +84,8 @@ class Given:
     """Latents (B, C, T, H, W) that are known where `mask` (B, T, H, W) is True, and `segments`
     that are shown beside them.
 
-    A noise `level` above 0, which the network is told, lets it mend what is given to it; segments
-    come with this noise.
+    Both are shown at a noise `level`, which the network is told; what is in place is returned
+    without it, as it was given.
     """
 
     latents: Tensor

@@ -21,7 +21,7 @@ from longtake.train.card import (
     write_card,
     write_rows,
 )
-from longtake.train.checks import choice
+from longtake.train.checks import choice, require
 from longtake.train.codec import Codec, load_codec, time_stride
 from longtake.train.config import to_tree
 from longtake.train.given_files import check_task
@@ -66,6 +66,9 @@ class EvaluateOptions:
     shift: float | None = None
     solver: str | None = None
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0, f"batch_size={self.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True)

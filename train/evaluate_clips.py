@@ -23,6 +23,7 @@ from longtake.data.loader import read_batches
 from longtake.data.plan.compile import open_tables
 from longtake.data.plan.val_plan import ValPlan
 from longtake.models.conditioning import GIVES_NOTHING
+from longtake.train.checks import require
 from longtake.train.clips_card import (
     ENDINGS,
     MEASURES,
@@ -72,6 +73,9 @@ class ClipsOptions:
     shift: float | None = None
     solver: str | None = None
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.fps is None or self.fps > 0, f"fps={self.fps} must be positive")
 
 
 @dataclass(frozen=True)

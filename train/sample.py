@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from longtake.data.decode import encode_image, encode_video
 from longtake.data.randomness import derive_seed
 from longtake.models.sampler import SamplerConfig
 from longtake.train.caption_rows import known_numbers
+from longtake.train.checks import require
 from longtake.train.codec import load_codec
 from longtake.train.frame_rate import drawn_rate
 from longtake.train.given import fitting_buckets
@@ -37,7 +39,7 @@ class SampleRequest:
     num_videos: int = 1  # per prompt
     task: str = "t2v"
     given: Sequence[str] = ()  # images or clips the task gives, in order: FILE or FILE@FRAME
-    given_noise: float = 0.0  # level at which they are shown; above 0 the model may mend them
+    given_noise: float = 0.0  # level at which they are shown, in [0, 1)
     negative: str | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)  # told behind the prompts
     frames: int | None = None
@@ -50,6 +52,14 @@ class SampleRequest:
     shift: float | None = None
     solver: str | None = None
     batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        level, fps = self.given_noise, self.fps
+        require(0 <= level < 1, f"given_noise={level} must lie in [0, 1)")
+        is_rate = fps is None or (math.isfinite(fps) and fps > 0)
+        require(is_rate, f"fps={fps} must be positive frames per second")
+        for name in ("num_videos", "batch_size"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
 
 
 def sample_to_files(

@@ -1,6 +1,7 @@
 """Drawing: the same video for the same seed, in any batch; files that play; images kept."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from longtake.data.decode import encode_image, encode_video, probe
 from longtake.train import sample
 from longtake.train.codec import load_codec
+from longtake.train.evaluate import EvaluateOptions
+from longtake.train.evaluate_clips import ClipsOptions
 from longtake.train.painter import GivenClips, Painter, noise_for, sampler_of
 from longtake.train.playback import read_footage_file, to_frames
 from longtake.train.runs import load_dit
@@ -90,6 +93,33 @@ def test_mistakes_are_named(road: Road, tmp_path: Path) -> None:
         sample_to_files(road.dit, SampleRequest(PROMPTS, frames=4), tmp_path)
     with pytest.raises(ValueError, match="patch_size"):
         sample_to_files(road.dit, SampleRequest(PROMPTS, size=(18, 18)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("given_noise", (-0.1, 1.0, math.nan)),
+        ("fps", (0.0, -8.0, math.nan, math.inf)),
+        ("num_videos", (0, -1)),
+        ("batch_size", (0,)),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_by_name(name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name}={value} must"):
+            SampleRequest(PROMPTS, **{name: value})  # pyright: ignore[reportArgumentType]
+
+
+def test_what_evaluates_refuses_them_too() -> None:
+    with pytest.raises(ValueError, match="batch_size=0 must"):
+        EvaluateOptions(batch_size=0)
+    with pytest.raises(ValueError, match="fps=0 must"):
+        ClipsOptions(fps=0)
+
+
+def test_an_unknown_solver_is_named(road: Road, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sampler\.solver=heun must be one of euler, unipc"):
+        sample_to_files(road.dit, SampleRequest(PROMPTS, solver="heun"), tmp_path, device="cpu")
 
 
 def test_i2v_needs_a_run_that_was_trained_on_it(road: Road, tmp_path: Path) -> None:
