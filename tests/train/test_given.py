@@ -12,8 +12,7 @@ from longtake.data.decode import encode_image, encode_video
 from longtake.data.plan.planned import PlannedSample
 from longtake.models.conditioning import GivenFrames
 from longtake.models.text import TextConfig, Tokenizer
-from longtake.train import caption_rows
-from longtake.train.caption_rows import join_words
+from longtake.train.caption_rows import CaptionRows, join_words
 from longtake.train.codec import Codec, load_codec
 from longtake.train.config import parse_config
 from longtake.train.given import Conditions, at_step, task_weights
@@ -198,17 +197,16 @@ def test_what_is_told_behind_captions_is_told_behind_prompts(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    told, tell = [], caption_rows.tell
+    told, of_texts = [], CaptionRows.of_texts
 
-    def keep(rows: Any, numbers: Any, tokenizer: Tokenizer) -> Any:
+    def keep(rows: CaptionRows, captions: Any, numbers: Any) -> Any:
         told.append(list(numbers))
-        return tell(rows, numbers, tokenizer)
+        return of_texts(rows, captions, numbers)
 
-    monkeypatch.setattr(caption_rows, "tell", keep)
+    monkeypatch.setattr(CaptionRows, "of_texts", keep)
     more = "samples.prompts=[red,blue]", "numbers.sources={fps: fps}", "train.sample_every=1"
     assert train_here(options(shards, tmp_path / "run", *more, "train.steps=1")) == 0
-    pairs = [numbers for numbers in told if len(numbers) == 2]  # clips come one by one
-    assert pairs == [[{"fps": 8.0}] * 2] * 4  # prompts and negative ones, at steps 0 and 1
+    assert told == [[{"fps": 8.0}] * 2] * 4  # prompts and negative ones, at steps 0 and 1
     nobody = options(shards, tmp_path / "no", "numbers.sources={motion: nosuchscore}")
     assert train_here(nobody) == 1
     assert "numbers.sources.motion=nosuchscore: no sample" in capfd.readouterr().err
