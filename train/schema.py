@@ -288,7 +288,7 @@ class RunConfig:
 class VAESpeedConfig:
     """How the VAE is computed, not what; vae.checkpoint_blocks belongs to it, too."""
 
-    compile: bool = False  # torch.compile encoder and decoder
+    compile: bool = False  # torch.compile encoder and decoder, in training alone
 
 
 @dataclass(frozen=True, kw_only=True)
