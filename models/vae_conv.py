@@ -17,6 +17,7 @@ SLOW_CONV_LIMIT = 20480
 # Below these, oneDNN's weight gradient is as fast as products of matrices; with AVX512 it is the
 # faster one at every size, by 5 to 14 % of the forward and backward pass.
 PRODUCTS_MIN_CHANNELS, PRODUCTS_MIN_AREA = 16, 256
+SAFE_AREA = 1024  # pixels of a frame for which oneDNN's bf16 weight gradient of clips was right
 HAS_WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -110,15 +111,22 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if _by_products(x, weight):
         return _Convolution.apply(x, weight, bias)
+    if _may_overrun(x):
+        assert bias is not None
+        return _Convolution.apply(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     convolution = F.conv2d if x.dim() == 4 else F.conv3d
     return convolution(x, weight, bias, padding=_padding(weight))
 
 
 class _Convolution(Function):
-    """A convolution whose weight gradient is one matrix product per tap of the kernel.
+    """A convolution whose weight gradient is not oneDNN's own.
 
-    In channels-last memory oneDNN's weight gradient runs at 16 to 27 GFLOP/s where the convolution
-    itself and these products reach 53 to 77.
+    In fp32 it is one matrix product per tap of the kernel: in channels-last memory oneDNN's runs at
+    16 to 27 GFLOP/s where the convolution itself and these products reach 53 to 77.
+
+    In bf16 it is that of frames, one for each tap in time: with AMX oneDNN's of a 3-D kernel writes
+    past its memory where frames are large and few (32 channels, 5 frames of 64×64), and gives NaN.
+    A step on clips of such frames takes 4 % longer so.
     """
 
     @staticmethod
@@ -140,11 +148,26 @@ class _Convolution(Function):
                 *(grad, x, weight, None, ones, _padding(weight), ones, False),
                 *([0] * len(ones), 1, only_x),
             )[0]
-        return d_x, _weight_gradient(x, grad, weight), grad.movedim(1, -1).flatten(0, -2).sum(0)
+        by_taps = _gradient_by_frames if x.dtype == torch.bfloat16 else _gradient_by_products
+        return d_x, by_taps(x, grad, weight), grad.movedim(1, -1).flatten(0, -2).sum(0)
 
 
-def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of a convolution's weight, of the shape and layout of `weight`.
+def _gradient_by_frames(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a 3-D convolution's weight, of the shape of `weight`."""
+    frames, ones = grad.shape[2], [1, 1]
+    flat = grad.transpose(1, 2).flatten(0, 1)  # (B·T, C', H, W), a view in channels-last memory
+    taps = [
+        torch.ops.aten.convolution_backward(
+            *(flat, x[:, :, tap : tap + frames].transpose(1, 2).flatten(0, 1), weight[:, :, tap]),
+            *(None, ones, _padding(weight)[1:], ones, False, [0, 0], 1, [False, True, False]),
+        )[1]
+        for tap in range(weight.shape[2])
+    ]
+    return torch.stack(taps, dim=2)
+
+
+def _gradient_by_products(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a convolution's weight, of the shape of `weight`.
 
     Input and gradient lie on one grid with the zeros around the frame, (B, positions, channels):
     a tap then sees the input moved by a fixed number of rows, without a copy.
@@ -177,6 +200,14 @@ def _is_plain_fp32(x: Tensor) -> bool:
     """fp32 on a CPU, and to stay so."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     return on_cpu and not torch.is_autocast_enabled("cpu")
+
+
+def _may_overrun(x: Tensor) -> bool:
+    """bf16 clips of large frames on a CPU."""
+    if x.device.type != "cpu" or x.dim() == 4 or x.shape[-2:].numel() <= SAFE_AREA:
+        return False
+    under = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return under or x.dtype == torch.bfloat16
 
 
 def _is_slow(x: Tensor) -> bool:

@@ -103,6 +103,22 @@ def test_weight_gradient_by_products_equals_the_plain_one(
     assert found.grad_fn is not None and found.grad_fn.name() == "ConvolutionBackward0"
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bf16_weight_gradients_of_large_frames_are_right(batch: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(batch, 32, 7, 64, 64), 0.03 * torch.randn(32, 32, 3, 3, 3)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        cast = x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+        inputs = [tensor.requires_grad_() for tensor in (cast, weight.clone(), torch.ones(32))]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = convolve(*inputs)
+        outward = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        found[dtype] = [out, *torch.autograd.grad((out.float() * outward).sum(), inputs)]
+    for exact, half in zip(*found.values(), strict=True):
+        assert (half.float() - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("frames", [1, 5, 33])
 @pytest.mark.parametrize("channels", [4, 8])
 @torch.no_grad()
