@@ -126,7 +126,7 @@ class _Convolution(Function):
 
     In bf16 it is that of frames, one for each tap in time: with AMX oneDNN's of a 3-D kernel writes
     past its memory where frames are large and few (32 channels, 5 frames of 64×64), and gives NaN.
-    A step on clips of such frames takes 4 % longer so.
+    A step on clips of such frames takes 4 to 20 % longer so.
     """
 
     @staticmethod
