@@ -100,13 +100,12 @@ class DataConfig:
 
     `grid` adds buckets to those listed; `lengths` mix images and short clips in. With `pack` a
     micro-batch takes samples of all buckets up to `cost.max_tokens`, else samples of one bucket.
-    `fps` resamples clips to one rate (None: each
-    at its own); `crop` is center or random, `window` says which part of a longer clip is taken:
-    start, center or random. `flip` mirrors half of the clips left to right, whatever their captions
-    say of left and right. `shuffle_shards` is the shuffle window inside a lane. `resize` is fast
-    or antialias. Clips are decoded in a child that is killed after `decode_timeout` seconds or
-    beyond `decode_memory` bytes; with None they are decoded in the worker itself.
-    `max_bad_fraction` of excluded samples stops the run.
+    `fps` resamples clips to one rate (None: each at its own); `crop` is center or random, `window`
+    says which part of a longer clip is taken: start, center or random. `flip` mirrors half of the
+    clips left to right, whatever their captions say of left and right. `shuffle_shards` is the
+    shuffle window inside a lane. `resize` is fast or antialias. Clips are decoded in a child that
+    is killed after `decode_timeout` seconds or beyond `decode_memory` bytes; with None they are
+    decoded in the worker itself. `max_bad_fraction` of excluded samples stops the run.
     """
 
     train: list[DatasetConfig] = field(default_factory=list)

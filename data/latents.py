@@ -9,7 +9,7 @@ which VAE made them and how to normalise them.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -263,7 +263,9 @@ def refuse_other_vae(manifest: LatentManifest, vae_hash: str) -> None:
         )
 
 
-def refuse_foreign_sample(manifest: LatentManifest, fields: Mapping[str, Any], where: str) -> None:
+def refuse_foreign_sample(
+    manifest: LatentManifest, fields: Mapping[str, Any], where: Callable[[], str]
+) -> None:
     """Samples of folders that were encoded before their json named the VAE pass.
 
     Raises:
@@ -272,25 +274,28 @@ def refuse_foreign_sample(manifest: LatentManifest, fields: Mapping[str, Any], w
     made_by = fields.get(VAE_HASH)
     if made_by is not None and made_by != manifest.vae_hash:
         raise ValueError(
-            f"{where}: its latents were made by VAE {made_by}, {MANIFEST} of its folder says VAE "
+            f"{where()}: its latents were made by VAE {made_by}, {MANIFEST} of its folder says VAE "
             f"{manifest.vae_hash}; keep the latents of each VAE in a folder of their own, as "
             "`longtake encode` writes them"
         )
 
 
-def refuse_other_stats(folder: Path | str, other: Path | str) -> None:
+def refuse_other_stats(
+    first: LatentManifest, other: LatentManifest, folders: tuple[Path | str, Path | str]
+) -> None:
     """Raises:
     ValueError: the latents of the two folders are not normalised alike.
     """
-    manifests = (read_manifest(folder), read_manifest(other))
     for name in ("mean", "std"):
-        for channel, (a, b) in enumerate(zip(*(getattr(m, name) for m in manifests), strict=True)):
+        for channel, (a, b) in enumerate(
+            zip(getattr(first, name), getattr(other, name), strict=True)
+        ):
             if a != b:
-                places = [join(parse_root(place), MANIFEST) for place in (folder, other)]
+                places = [join(parse_root(folder), MANIFEST) for folder in folders]
                 raise ValueError(
                     f"{places[0]} has {name}[{channel}]={a}, {places[1]} has {b}: latents of a run "
                     "must be normalised alike; run `longtake encode` for the second folder with "
-                    f"--stats-from {folder}"
+                    f"--stats-from {folders[0]}"
                 )
 
 

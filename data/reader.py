@@ -105,8 +105,11 @@ class SampleReader:
             clip = Clip(sample, caption, sample.fps, scores=meta.scores())
             clip.truth = meta.fields.get("truth")
             if source.ext(sample.row) == LATENT_EXTENSION:
-                shard, key = source.shard(sample.row), sample.key
-                refuse_foreign_sample(source.manifest, meta.fields, f"{shard}: {key}")
+                refuse_foreign_sample(
+                    source.manifest,
+                    meta.fields,
+                    lambda: f"{source.shard(sample.row)}: {sample.key}",
+                )
                 self._fill_latents(clip, source, payload)
             else:
                 self._fill_video(clip, source, payload)

@@ -45,24 +45,23 @@ class CaptionRows:
 
     def whole(self, clips: Sequence[Clip]) -> list[Tensor]:
         """Captions and all that is known of the clips, as validation tells them."""
-        rows, told = self._captions(clips), [self.known(clip) for clip in clips]
-        for row, clip, numbers in zip(rows, clips, told, strict=True):
-            self._is_cut(row, clip, numbers)
-        return self._finish(tell(rows, told, self.tokenizer))
+        rows, _ = self._told(clips, [self.known(clip) for clip in clips])
+        return self._finish(rows)
 
     def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor], list[bool]]:
         """The same with captions and numbers dropped, each by itself, a caption for that of the
         empty prompt; and whether each caption, dropped or not, is cut at `text.max_length`.
         ValueError for such a caption with text.too_long=refuse."""
-        config, rows, told, are_cut = self.config, [], [], []
-        for row, clip in zip(self._captions(clips), clips, strict=True):
-            draw = partial(uniform, clip.sample.seed)
-            known = self.known(clip).items()
-            numbers = {w: x for w, x in known if draw(f"drop_{w}") >= config.numbers.dropout}
-            are_cut.append(self._is_cut(row, clip, numbers))
-            rows.append(self._empty if draw("drop_text") < config.caption_dropout else row)
-            told.append(numbers)
-        return self._finish(tell(rows, told, self.tokenizer)), are_cut
+        config, draws = self.config, [partial(uniform, clip.sample.seed) for clip in clips]
+        told = [
+            {w: x for w, x in self.known(c).items() if draw(f"drop_{w}") >= config.numbers.dropout}
+            for c, draw in zip(clips, draws, strict=True)
+        ]
+        rows, are_cut = self._told(clips, told)
+        for index, draw in enumerate(draws):
+            if draw("drop_text") < config.caption_dropout:
+                (rows[index],) = tell([self._empty], [told[index]], self.tokenizer)
+        return self._finish(rows), are_cut
 
     def of_texts(
         self, captions: Sequence[str], numbers: Sequence[Mapping[str, float]]
@@ -83,14 +82,22 @@ class CaptionRows:
             self.tokenizer([clip.caption])[0] if clip.text is None else clip.text for clip in clips
         ]
 
-    def _is_cut(self, row: Tensor, clip: Clip, numbers: Mapping[str, float]) -> bool:
-        """Whether the caption's row loses something to the limit or to the numbers behind it.
+    def _told(
+        self, clips: Sequence[Clip], told: Sequence[Mapping[str, float]]
+    ) -> tuple[list[Tensor], list[bool]]:
+        """Rows of the captions with what is told behind each, and whether each is cut."""
+        rows = tell(self._captions(clips), told, self.tokenizer)
+        return rows, [self._is_cut(*each) for each in zip(rows, clips, told, strict=True)]
 
-        ValueError where it does, with text.too_long=refuse.
+    def _is_cut(self, row: Tensor, clip: Clip, numbers: Mapping[str, float]) -> bool:
+        """Whether the caption lost something to the limit or to the numbers behind it in the row.
+
+        ValueError where it did, with text.too_long=refuse.
         """
-        limit, length = self.config.text.max_length, len(row)
-        if length >= limit:  # it fits to the token, or is cut already
-            length = self.tokenizer.num_tokens(clip.caption)
+        limit = self.config.text.max_length
+        if len(row) < limit:
+            return False
+        length = self.tokenizer.num_tokens(clip.caption)  # it fits to the token, or is cut
         if numbers:
             length += self.tokenizer.num_tokens(_suffix(numbers)) - 1  # one end mark
         if length > limit and self.config.text.too_long == "refuse":

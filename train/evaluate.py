@@ -24,6 +24,7 @@ from longtake.train.card import (
 from longtake.train.checks import choice, require
 from longtake.train.codec import Codec, load_codec, time_stride
 from longtake.train.config import to_tree
+from longtake.train.frame_rate import drawn_rates
 from longtake.train.given_files import check_task
 from longtake.train.painter import Painter, sampler_of
 from longtake.train.ranks import Ranks, single_process
@@ -152,13 +153,13 @@ def resolve(config: DiTRun, options: EvaluateOptions, stride: int) -> dict[str, 
     ValueError for what the run cannot do."""
     for weights in options.weights:
         choice("weights", weights, ("ema", "raw"))
-    families = options.families or trained_families(config)
+    families, rates = options.families or trained_families(config), drawn_rates(config)
     for task in options.tasks or ():
         check_task(config, task)
     return {
         task: prompts_for(
             *(config, task, families, options.caption_kind),
-            shapes_for(config, task, stride, options.frames, options.size),
+            *(shapes_for(config, task, stride, options.frames, options.size), rates),
             splits=options.splits,
             num_prompts=options.num_prompts,
             num_pairs=options.num_prompts if options.num_pairs is None else options.num_pairs,

@@ -43,7 +43,7 @@ from longtake.train.fidelity import (
     check_enough_clips,
     frechet_distance,
 )
-from longtake.train.frame_rate import catalogue_rate
+from longtake.train.frame_rate import catalogue_rates
 from longtake.train.given_files import check_task
 from longtake.train.painter import Painter, sampler_of
 from longtake.train.run_folder import check_replaceable, written_whole
@@ -194,7 +194,7 @@ def plan_clips(
     """The first `num_clips` clips that fit, as in a validation pass; ValueError for none."""
     settings = clip_settings(run, codec)
     own = run.config.data.train[0].captions
-    cached = catalogue_rate(run.config) if codec.vae is not None else None
+    cached = catalogue_rates(run.config)[0] if codec.vae is not None else None
     dataset = DatasetConfig(
         str(shards),
         None if options.catalogue is None else str(options.catalogue),

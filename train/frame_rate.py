@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import numpy as np
 
-from longtake.data.catalogue import load_catalogue
+from longtake.data.catalogue import open_manifest, read_parts
+from longtake.data.catalogue.filters import apply_filter
 from longtake.train.schema import DiTRun
 
+RATE_COLUMNS = "frames", "fps"
 DEFAULT_FPS = 8.0  # of videos where the clips had several rates, or cannot be looked up
 
 
 def drawn_rate(config: DiTRun, frames: int) -> float:
-    """Frames per second of a clip of so many frames, as training tells it: `data.fps`, or the rate
-    of the training clips; an image has 0 where nothing says otherwise."""
+    """That of `drawn_rates` for a clip of so many frames."""
+    return drawn_rates(config)[frames == 1]
+
+
+def drawn_rates(config: DiTRun) -> tuple[float, float]:
+    """Frames per second of clips and of images, as training tells them: `data.fps`, or the rates of
+    the training data; images have 0 where nothing says otherwise."""
     if config.data.fps is not None:
-        return config.data.fps
-    known = catalogue_rate(config, is_image=frames == 1)
-    return known if known is not None else 0.0 if frames == 1 else DEFAULT_FPS
+        return config.data.fps, config.data.fps
+    clips, images = catalogue_rates(config)
+    return DEFAULT_FPS if clips is None else clips, 0.0 if images is None else images
 
 
-def catalogue_rate(config: DiTRun, *, is_image: bool = False) -> float | None:
-    """The one rate of the training images, or of the training clips that move; `encode` may have
-    set that of cached latents. None for several rates, for no such clips, and for data that is no
+def catalogue_rates(config: DiTRun) -> tuple[float | None, float | None]:
+    """The one rate of the training clips that move, and that of the images; `encode` may have set
+    those of cached latents. None for several rates, for no such clips, and for data that is no
     longer there."""
-    rates: list[np.ndarray] = []
+    frames, fps = [], []
     for dataset in config.data.train:
+        where = dataset.where.strip()  # may ask for any column
         try:
-            found = load_catalogue(dataset.path, dataset.catalogue).filter(dataset.where)
+            manifest = open_manifest(dataset.path, dataset.catalogue)
+            table = read_parts(manifest, list(manifest.shards), None if where else RATE_COLUMNS)
+            table = apply_filter(table, where, manifest.dataset)[0] if where else table
         except (OSError, ValueError):
-            return None
-        frames, fps = (found.catalogue.table[name].to_numpy() for name in ("frames", "fps"))
-        rates.append(fps[(frames == 1) == is_image])
-    known = np.unique(np.concatenate(rates))
+            return None, None
+        frames.append(table["frames"].to_numpy())
+        fps.append(table["fps"].to_numpy())
+    is_image, rates = np.concatenate(frames) == 1, np.concatenate(fps)
+    return _only(rates[~is_image]), _only(rates[is_image])
+
+
+def _only(rates: np.ndarray) -> float | None:
+    known = np.unique(rates)
     return float(known[0]) if len(known) == 1 else None

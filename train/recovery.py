@@ -35,10 +35,9 @@ def examine(run: Training, taken: Taken) -> None:
 
     Where it was skipped (something was not finite, of the model or of its adversary) its
     micro-batches of such a loss are left out, or all of them where none has: from the next step on
-    that no rank can have loaded yet. After
-    train.max_skips in a row the run goes back to the last good checkpoint, and without them from
-    there on. It goes back where the loss jumped, too. RuntimeError after train.max_rewinds such
-    returns.
+    that no rank can have loaded yet. After train.max_skips in a row the run goes back to the last
+    good checkpoint, and without them from there on. It goes back where the loss jumped, too.
+    RuntimeError after train.max_rewinds such returns.
     """
     spikes = run.spikes
     critic_skipped = taken.critic is not None and taken.critic.skipped

@@ -105,8 +105,8 @@ def check(config: VAERun | DiTRun) -> Prepared:
     _check_kinds(config, plan, validation)
     if isinstance(config, DiTRun):
         check_scores(config)
-    if isinstance(config, DiTRun) and config.evaluation.every:
-        prompts_of(config, time_stride(config))
+        if config.evaluation.every:
+            prompts_of(config, time_stride(config))
     return Prepared(config, folder, plan, validation)
 
 
@@ -139,12 +139,12 @@ def _check_latents(config: VAERun | DiTRun) -> None:
     if isinstance(config, VAERun) or config.codec == "identity":
         return
     place = config.data.train[0].path
-    first = read_manifest(place).vae_hash
+    first = read_manifest(place)
     for name, datasets in (("train", config.data.train), ("val", config.data.val)):
         for index, dataset in enumerate(datasets):
             manifest = read_manifest(dataset.path)
-            refuse_other_vae(manifest, first)
-            refuse_other_stats(place, dataset.path)
+            refuse_other_vae(manifest, first.vae_hash)
+            refuse_other_stats(first, manifest, (place, dataset.path))
             check_text(manifest, config, Path(dataset.path))
             refuse_missing_segments(manifest, needed_segments(config, manifest), dataset.path)
             model, made = config.model, manifest.z_dim

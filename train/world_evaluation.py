@@ -9,6 +9,7 @@ from time import monotonic
 
 from longtake.train.card import Card, ClipScores, build_card
 from longtake.train.dit_task import DiTTask
+from longtake.train.frame_rate import drawn_rates
 from longtake.train.painter import Painter
 from longtake.train.ranks import Ranks
 from longtake.train.runs import RunPlace
@@ -26,11 +27,11 @@ from longtake.train.world_prompts import (
 def prompts_of(config: DiTRun, stride: int) -> dict[str, PromptSet]:
     """What `evaluation` asks for, by task; `stride` is the codec's in time. ValueError for what
     world or buckets do not hold."""
-    settings = config.evaluation
+    settings, rates = config.evaluation, drawn_rates(config)
     return {
         task: prompts_for(
             *(config, task, settings.families, settings.captions),
-            shapes_for(config, task, stride),
+            *(shapes_for(config, task, stride), rates),
             splits=tuple(settings.splits),
             num_prompts=settings.num_prompts,
             num_pairs=settings.num_pairs,

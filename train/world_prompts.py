@@ -29,7 +29,7 @@ from longtake.models.conditioning import TASKS, GivenFrames, unfit
 from longtake.train.caption_rows import known_numbers
 from longtake.train.card import CONTINUATION, DRIFT, PAIR_FLIP, ClipScores
 from longtake.train.codec import Codec
-from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
+from longtake.train.frame_rate import DEFAULT_FPS
 from longtake.train.given import fitting_buckets
 from longtake.train.painter import GivenClips, Painter, noise_for
 from longtake.train.playback import to_frames, to_pixels
@@ -153,10 +153,12 @@ def prompts_for(
     families: Sequence[str],
     kind: str | None,
     shapes: Sequence[tuple[int, int, int]],
+    rates: tuple[float, float],
     **settings: Any,
 ) -> PromptSet:
     """What to ask of a run under a task: clips of the first of the `shapes` that most families fit
-    in, at the rate of its training; of an image task only families that stand still.
+    in, at the rate of its training (`rates` are `drawn_rates`); of an image task only families that
+    stand still.
 
     ValueError for what world or shapes do not hold.
     """
@@ -169,7 +171,7 @@ def prompts_for(
                 "one that can, or other tasks"
             )
         families, settings = still, settings | {"num_pairs": 0, "drift": 1}
-    fps = drawn_rate(config, shape[0]) or DEFAULT_FPS
+    fps = rates[shape[0] == 1] or DEFAULT_FPS
     kind = kind or most_used_captions(config)
     return PromptSet(families=tuple(families), kind=kind, shape=shape, fps=fps, **settings)
 
