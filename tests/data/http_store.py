@@ -102,13 +102,18 @@ class _Handler(SimpleHTTPRequestHandler):
         return fault
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # The default of 5 drops connections of several readers at once; TCP tries again after seconds.
+    request_queue_size = 1024
+
+
 @contextmanager
 def serve(folder: Path) -> Iterator[HttpStore]:
     """The folder at a URL of this machine."""
     holder: list[HttpStore] = []
     handler = partial(_Handler, directory=str(folder), holder=holder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     holder.append(HttpStore(f"http://127.0.0.1:{server.server_address[1]}", folder))
     thread = threading.Thread(target=partial(server.serve_forever, 0.01), daemon=True)
     thread.start()
