@@ -297,20 +297,27 @@ def test_a_dit_run_draws_its_prompts(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_with_images_first_draws_videos(shards: Path, tmp_path: Path) -> None:
-    images = write_world(tmp_path / "images", frames=1)
-    buckets = ", ".join(f"{{frames:{n},height:16,width:16,batch_size:2}}" for n in (1, 5))
-    listed = ", ".join(f"{{path: {path}, captions: {{short: 1}}}}" for path in (images, "VIDEOS"))
+    """Then images of the same texts, where t2i is trained: by the largest bucket of images."""
+    images = [write_world(tmp_path / f"images{w}", frames=1, width=w) for w in (16, 32)]
+    sizes = (1, 16), (1, 32), (5, 16)
+    buckets = ", ".join(f"{{frames:{n},height:16,width:{w},batch_size:2}}" for n, w in sizes)
+    listed = ", ".join(f"{{path: {path}, captions: {{short: 1}}}}" for path in (*images, "VIDEOS"))
     mixed = [
         f"data.{name}=[{listed.replace('VIDEOS', f'{shards}/{name}')}]" for name in ("train", "val")
     ]
-    more = f"data.buckets=[{buckets}]", "tasks={t2v: 1, i2v: 1}", "train.sample_every=1"
+    tasks = "tasks={t2v: 1, t2i: 1, i2v: 1}"
+    more = f"data.buckets=[{buckets}]", tasks, "train.sample_every=1"
     folder = tmp_path / "run"
     paths = [f"data.{name}.0.path" for name in ("train", "val")]
     overrides = [one for one in options(shards, folder) if one.split("=")[0] not in paths]
     assert train_here([*overrides, *mixed, *more, "train.steps=1"]) == 0
     drawn = folder / "samples" / "step-00000001"
-    for name in ("sample-00", "i2v-00"):
-        assert probe((drawn / f"{name}.mp4").read_bytes()).frames == 5
+    prompts = json.loads((drawn / "prompts.json").read_text())
+    assert prompts["t2i-00"] == prompts["sample-00"]
+    for name, frames, width in (("sample-00", 5, 16), ("i2v-00", 5, 16), ("t2i-00", 1, 32)):
+        clip = probe((drawn / f"{name}.mp4").read_bytes())
+        assert clip.frames == frames and clip.width % width == 0
+        assert clip.width // clip.height == width // 16
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
