@@ -1,12 +1,14 @@
 """Captions as the module takes them: a row of token ids, or embeddings of a frozen encoder.
 
-Numbers that are known of a clip (frames per second, scores) may stand behind its caption, as words.
+Numbers that are known of a clip (frames per second, scores) may stand behind its caption, as words
+or as tokens of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
@@ -15,15 +17,17 @@ from longtake.data.catalogue import open_manifest, read_parts
 from longtake.data.latents import read_empty_text
 from longtake.data.loader import Clip
 from longtake.data.randomness import uniform
+from longtake.models.numbers import Told
 from longtake.models.text import TextEncoder, Tokenizer
 from longtake.train.checks import require
-from longtake.train.schema import DiTRun
+from longtake.train.schema import DiTRun, NumbersConfig
 
 FPS = "fps"  # the source of a number that every clip has
 
 
 class CaptionRows:
-    """Rows of clips: ids (L,) where the encoder is trained along, else embeddings (L, D)."""
+    """Rows of clips: ids (L,) where the encoder is trained along, else embeddings (L, D); `Told`
+    where numbers are tokens of their own."""
 
     def __init__(self, config: DiTRun, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -43,12 +47,13 @@ class CaptionRows:
             self._encoder = TextEncoder(self.config.text).to(self.device)
         return self._encoder
 
-    def whole(self, clips: Sequence[Clip]) -> list[Tensor]:
+    def whole(self, clips: Sequence[Clip]) -> list[Tensor] | list[Told]:
         """Captions and all that is known of the clips, as validation tells them."""
-        rows, _ = self._told(clips, [self.known(clip) for clip in clips])
-        return self._finish(rows)
+        told = [self.known(clip) for clip in clips]
+        rows, _ = self._told(clips, told)
+        return self._finish(rows, told)
 
-    def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor], list[bool]]:
+    def training(self, clips: Sequence[Clip]) -> tuple[list[Tensor] | list[Told], list[bool]]:
         """The same with captions and numbers dropped, each by itself, a caption for that of the
         empty prompt; and whether each caption, dropped or not, is cut at `text.max_length`.
         ValueError for such a caption with text.too_long=refuse."""
@@ -60,17 +65,18 @@ class CaptionRows:
         rows, are_cut = self._told(clips, told)
         for index, draw in enumerate(draws):
             if draw("drop_text") < config.caption_dropout:
-                (rows[index],) = tell([self._empty], [told[index]], self.tokenizer)
-        return self._finish(rows), are_cut
+                (rows[index],) = self._as_words([self._empty], [told[index]])
+        return self._finish(rows, told), are_cut
 
     def of_texts(
         self, captions: Sequence[str], numbers: Sequence[Mapping[str, float]]
-    ) -> list[Tensor]:
+    ) -> list[Tensor] | list[Told]:
         """Rows of any captions with what is told behind each; "" is cached where the others
         were."""
         if self._is_cached and not any(captions):
-            return [self._empty] * len(captions)
-        return self._encode(tell(self.tokenizer(captions), numbers, self.tokenizer))
+            return self._as_tokens([self._empty] * len(captions), numbers)
+        rows = self._encode(self._as_words(self.tokenizer(captions), numbers))
+        return self._as_tokens(rows, numbers)
 
     def known(self, clip: Clip) -> dict[str, float]:
         """What is known of a clip, of all that is told."""
@@ -86,7 +92,7 @@ class CaptionRows:
         self, clips: Sequence[Clip], told: Sequence[Mapping[str, float]]
     ) -> tuple[list[Tensor], list[bool]]:
         """Rows of the captions with what is told behind each, and whether each is cut."""
-        rows = tell(self._captions(clips), told, self.tokenizer)
+        rows = self._as_words(self._captions(clips), told)
         return rows, [self._is_cut(*each) for each in zip(rows, clips, told, strict=True)]
 
     def _is_cut(self, row: Tensor, clip: Clip, numbers: Mapping[str, float]) -> bool:
@@ -98,7 +104,7 @@ class CaptionRows:
         if len(row) < limit:
             return False
         length = self.tokenizer.num_tokens(clip.caption)  # it fits to the token, or is cut
-        if numbers:
+        if numbers and not self.config.numbers.embedded:
             length += self.tokenizer.num_tokens(_suffix(numbers)) - 1  # one end mark
         if length > limit and self.config.text.too_long == "refuse":
             raise ValueError(
@@ -109,8 +115,21 @@ class CaptionRows:
             )
         return length > limit
 
-    def _finish(self, rows: list[Tensor]) -> list[Tensor]:
-        return rows if self._is_cached else self._encode(rows)
+    def _finish(
+        self, rows: list[Tensor], told: Sequence[Mapping[str, float]]
+    ) -> list[Tensor] | list[Told]:
+        return self._as_tokens(rows if self._is_cached else self._encode(rows), told)
+
+    def _as_words(self, rows: list[Tensor], told: Sequence[Mapping[str, float]]) -> list[Tensor]:
+        return rows if self.config.numbers.embedded else tell(rows, told, self.tokenizer)
+
+    def _as_tokens(
+        self, rows: list[Tensor], told: Sequence[Mapping[str, float]]
+    ) -> list[Tensor] | list[Told]:
+        if not self.config.numbers.embedded:
+            return rows
+        values = values_of(self.config.numbers, told)
+        return [Told(*each) for each in zip(rows, values, strict=True)]
 
     def _encode(self, ids: list[Tensor]) -> list[Tensor]:
         return ids if self.config.text.is_trained else self.frozen.rows(ids)
@@ -139,6 +158,11 @@ def check_scores(config: DiTRun) -> None:
             f"numbers.sources.{word}={source}: no sample of data.train has such a score (they have "
             f"{', '.join(sorted(known)) or 'none'}); name one of theirs, fps, or null",
         )
+
+
+def values_of(config: NumbersConfig, told: Sequence[Mapping[str, float]]) -> Tensor:
+    """Values (B, n) as `NumberTokens` takes them."""
+    return torch.tensor([[one.get(word, nan) for word in config.embedded] for one in told])
 
 
 def tell(

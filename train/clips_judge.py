@@ -21,7 +21,7 @@ from longtake.data.world.given import held_frames
 from longtake.models.conditioning import given_mask, noise_levels, num_noisy_tokens, unfit
 from longtake.models.flow import Prediction, add_noise, flow_loss
 from longtake.models.image_condition import with_channels
-from longtake.train.caption_rows import known_numbers, tell
+from longtake.train.caption_rows import known_numbers
 from longtake.train.codec import Codec
 from longtake.train.fidelity import ClipScorer, VideoDetector, flicker, psnr, ssim
 from longtake.train.painter import GivenClips, Painter, noise_for
@@ -183,9 +183,8 @@ class Judge:
             clips = truth.clips * 2 - 1
             segments = self.codec.encode_segments(clips, frames)
             channels = self.codec.encode_channels(clips, [frames] * len(clips))
-        tokenizer = self.painter.tokenizer
-        rows = tokenizer([clip.caption for clip in batch.clips])
-        embeds, lens = self.run.text(tell(rows, self._numbers(batch), tokenizer))
+        captions = [clip.caption for clip in batch.clips]
+        text = self.painter.encode(captions, self._numbers(batch))
         prediction: Prediction = "clean" if config.prediction == "clean" else "velocity"
         losses = []
         for level in config.validation.noise_levels:
@@ -195,7 +194,7 @@ class Judge:
             levels, index = noise_levels(t, given, patch)
             with self._autocast():
                 output = self.run.dit(
-                    *(with_channels(noisy, channels), t, embeds.float(), lens),
+                    *(with_channels(noisy, channels), t, text.embeds, text.lens),
                     levels=levels,
                     level_index=index,
                     extra=segments,

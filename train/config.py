@@ -36,22 +36,10 @@ FREE_KEYS = (
     *("engine.strategy", "engine.zero_stage", "engine.offload"),
     *("engine.offload_path", "engine.sequence_parallel"),
     *("train.log_every", "train.val_every", "train.checkpoint_every", "train.sample_every"),
-    *(
-        "train.loss_jump",
-        "train.max_rewinds",
-        "train.max_skips",
-        "train.keep_last",
-        "train.keep_every",
-        "train.checkpoint_copy",
-        "train.max_same_step",
-        "train.cost_per_hour",
-        "train.peak_tflops",
-        "train.hang_factor",
-        "train.hang_seconds",
-        "train.num_threads",
-        "train.device",
-        "train.timeout",
-    ),
+    *("train.loss_jump", "train.max_rewinds", "train.max_skips", "train.max_same_step"),
+    *("train.keep_last", "train.keep_every", "train.checkpoint_copy"),
+    *("train.cost_per_hour", "train.peak_tflops", "train.hang_factor", "train.hang_seconds"),
+    *("train.num_threads", "train.device", "train.timeout"),
     *("train.deterministic", "data.num_workers", "data.prefetch_factor", "data.decoder"),
     *("vae.checkpoint_blocks", "speed", "text.too_long"),
     *("data.decode_timeout", "data.decode_memory", "data.cache"),
@@ -240,10 +228,17 @@ def _check_given(config: DiTRun) -> None:
             f"model.patch_size[0]={patch} must be 1 for tasks.{task} > 0 with codec=vae: a frame "
             f"that is encoded alone is one latent frame; or set tasks.{task}=0",
         )
+    told, embedded = config.numbers.told, config.numbers.embedded
     require(
-        not config.numbers.told or config.codec == "identity" or config.text.is_trained,
-        f"numbers.sources={config.numbers.told} must all be null: text.kind={config.text.kind} "
-        "with codec=vae takes captions from the cache, to which no words can be added",
+        not told or embedded or config.codec == "identity" or config.text.is_trained,
+        f"numbers.form={config.numbers.form} must be embedding, or all of numbers.sources={told} "
+        f"null: text.kind={config.text.kind} with codec=vae takes captions from the cache, to "
+        "which no words can be added",
+    )
+    require(
+        len(embedded) <= config.text.max_length,
+        f"text.max_length={config.text.max_length} must be at least {len(embedded)}: with "
+        "numbers.form=embedding each number has a row of the text",
     )
 
 
@@ -277,6 +272,8 @@ def check_exportable(config: DiTRun, remedy: str = "draw with `longtake sample` 
             config.text.kind != "words"
         ),
         f"model.absolute_positions={positions} must be 0, stock Wan has none": positions == 0,
+        "numbers.dropout=0 must be > 0 with numbers.form=embedding, of which stock pipelines tell "
+        "nothing": not config.numbers.embedded or config.numbers.dropout > 0,
         f"tasks.i2v=0 must be > 0 with model.in_channels={config.model.in_channels}, with which "
         "stock pipelines draw from an image": draws_from_image(config) or not config.has_channels,
     }

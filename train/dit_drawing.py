@@ -13,6 +13,7 @@ from longtake.data.config import DataConfig
 from longtake.data.loader import Batch, Clip
 from longtake.data.plan.costs import micro_batch_size, resolve_buckets
 from longtake.data.randomness import derive_seed
+from longtake.models.numbers import Told
 from longtake.models.sampler import Given, sample
 from longtake.models.tokens import Segment
 from longtake.train.caption_rows import known_numbers
@@ -103,7 +104,7 @@ def _draw_given(task: DiTTask, engine: Engine, batch: Batch, first: int, drawn: 
 def _draw(
     task: DiTTask,
     engine: Engine,
-    rows: Sequence[Tensor],
+    rows: Sequence[Tensor | Told],
     told: Sequence[Mapping[str, float]],
     noises: Sequence[int],
     shape: tuple[int, int, int],

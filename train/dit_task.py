@@ -22,6 +22,7 @@ from longtake.models.flow import (
     sample_timesteps,
 )
 from longtake.models.image_condition import with_channels
+from longtake.models.numbers import Told
 from longtake.models.tokens import Segment, Video
 from longtake.models.transfer import to_device
 from longtake.train.caption_rows import CaptionRows
@@ -160,7 +161,7 @@ class DiTTask:
         return means
 
     def _losses(
-        self, engine: Engine, batch: Batch, text: Sequence[Tensor], task: str
+        self, engine: Engine, batch: Batch, text: Sequence[Tensor | Told], task: str
     ) -> dict[float, float]:
         """Level → sum over the clips of the loss of a noisy token; empty for clips unfit."""
         length = self.conditions.latent_shape(batch.samples[0])[0]
@@ -182,7 +183,7 @@ class DiTTask:
     def painter(self, place: RunPlace) -> Painter:
         """What draws with the weights now in the module, as `longtake sample` does."""
         text = self.module.text or self.captions.frozen
-        run = LoadedDiT(place, self.config, "ema", self.module.dit, text)
+        run = LoadedDiT(place, self.config, "ema", self.module.dit, text, self.module.numbers)
         sampler = self.config.samples.sampler
         return Painter(run, self.codec, sampler, precision=self.config.engine.precision)
 
@@ -208,7 +209,9 @@ class DiTTask:
             return self.codec.encode_channels(clips, [one.frames for one in drawn])
         return to_device(self.conditions.channels(batch.clips, drawn), self.device)
 
-    def _errors(self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor]) -> Tensor:
+    def _errors(
+        self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor | Told]
+    ) -> Tensor:
         """Sums over the noisy tokens of each sample (B,)."""
         outputs = self._predict(engine, parts, text)
         return torch.cat(
@@ -223,7 +226,7 @@ class DiTTask:
         )
 
     def _predict(
-        self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor]
+        self, engine: Engine, parts: Sequence[Noised], text: Sequence[Tensor | Told]
     ) -> list[Tensor]:
         """Of each part, in one forward whatever they are: ranks must run the same modules."""
         if not self.in_packs:

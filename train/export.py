@@ -74,7 +74,7 @@ def export_run(
     run = load_dit(path, weights)
     check_exportable(run.config)
     codec = load_codec(run.config, folder=run.place.folder, vae=vae)
-    notes = image_notes(run.config)
+    notes = losses_of(run.config)
     keep_quiet()
     with written_whole(out) as scratch:
         build_pipeline(run, codec).save_pretrained(scratch)
@@ -128,15 +128,21 @@ def exported_tasks(config: DiTRun) -> list[str]:
     return ["t2v", "i2v"] if draws_from_image(config) else ["t2v"]
 
 
-def image_notes(config: DiTRun) -> tuple[str, ...]:
+def losses_of(config: DiTRun) -> tuple[str, ...]:
     """What the user loses, if anything."""
+    notes = []
+    if embedded := config.numbers.embedded:
+        notes.append(
+            f"without the embeddings of {', '.join(embedded)} (numbers.form=embedding): stock "
+            "pipelines draw as where these are dropped"
+        )
     if "i2v" in config.trained_tasks and not draws_from_image(config):
         patch = tuple(config.model.patch_size)
-        return (
+        notes.append(
             f"text to video only: drawing from an image needs model.patch_size={IMAGE_PATCH} in "
-            f"stock pipelines, this run has {patch}",
+            f"stock pipelines, this run has {patch}"
         )
-    return ()
+    return tuple(notes)
 
 
 def keep_quiet() -> None:

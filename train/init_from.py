@@ -34,6 +34,7 @@ DECISIVE = {
     "model.patch_size": ["dit.patch_embed.*", "dit.head.*"],
     "prediction": ["dit.head.*"],
     "text.kind": ["text.*"],
+    "numbers.sources": ["numbers.*"],
 }
 
 
@@ -115,6 +116,7 @@ def _weights_at(module: VAE | TextToVideo, place: str) -> Weights:
         keys = _keys(vae=config.vae)
     else:
         keys = _keys(model=config.model, text=config.text) | {"prediction": config.prediction}
+        keys |= {"numbers.sources": config.numbers.embedded}
     return Weights(read_weights(run, config), keys)
 
 
@@ -124,6 +126,8 @@ def _weights_of(module: VAE | TextToVideo, prediction: str) -> Weights:
     keys = _keys(model=module.dit.config) | {"prediction": prediction}
     if module.text is not None:
         keys |= _keys(text=module.text.config)
+    if module.numbers is not None:
+        keys |= {"numbers.sources": module.numbers.words}
     return Weights(module.state_dict(), keys)
 
 

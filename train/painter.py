@@ -17,7 +17,7 @@ from longtake.models.flow import add_noise
 from longtake.models.sampler import Given, SamplerConfig, TextInput, sample
 from longtake.models.text import Tokenizer
 from longtake.models.tokens import Segment
-from longtake.train.caption_rows import tell
+from longtake.train.caption_rows import tell, values_of
 from longtake.train.codec import Codec
 from longtake.train.runs import LoadedDiT
 from longtake.train.schema import DiTRun
@@ -62,10 +62,10 @@ class Painter:
         and behind the negative prompt alike: guidance leads towards the prompt.
         """
         with self._autocast():
-            text, empty = self._encode(prompts, numbers), None
+            text, empty = self.encode(prompts, numbers), None
             if self.sampler.guidance_scale != 1:
                 away = self.run.config.samples.negative_prompt if negative is None else negative
-                empty = self._encode([away] * len(prompts), numbers)
+                empty = self.encode([away] * len(prompts), numbers)
             channels = self._channels(noise.shape, given)
             latents = sample(
                 self.run.dit,
@@ -80,14 +80,18 @@ class Painter:
             )
             return self.codec.decode(latents).float()
 
-    def _encode(
+    def encode(
         self, captions: Sequence[str], numbers: Sequence[Mapping[str, float]] | None
     ) -> TextInput:
-        rows = self.tokenizer(captions)
-        if numbers is not None:
-            rows = tell(rows, numbers, self.tokenizer)
-        embeds, lens = self.run.text(rows)
-        return TextInput(embeds.float(), lens)
+        """Captions with what is told of each clip, as words or as tokens of their own."""
+        run, rows, told = self.run, self.tokenizer(captions), numbers or [{}] * len(captions)
+        if run.numbers is None:
+            rows = tell(rows, told, self.tokenizer)
+        embeds, lens = run.text(rows)
+        text = TextInput(embeds.float(), lens)
+        return (
+            text if run.numbers is None else run.numbers(text, values_of(run.config.numbers, told))
+        )
 
     def _given(self, shape: torch.Size, given: GivenClips) -> Given:
         clips = given.clips.to(self.device)

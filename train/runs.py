@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.models.dit import DiT
+from longtake.models.numbers import NumberTokens
 from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.train import checkpoint
@@ -45,13 +46,14 @@ class LoadedVAE:
 
 @dataclass(frozen=True)
 class LoadedDiT:
-    """A DiT and its text encoder in evaluation mode, with the run they came from."""
+    """A DiT, its text encoder and its numbers in evaluation mode, with the run they came from."""
 
     place: RunPlace
     config: DiTRun
     weights: str  # ema | raw
     dit: DiT
     text: TextEncoder
+    numbers: NumberTokens | None = None  # where they are told as embeddings
 
 
 def find_run(path: Path) -> RunPlace:
@@ -124,7 +126,11 @@ def load_run(
         text = text.eval().requires_grad_(False).to(device)
     else:
         text = _fill(text, tensors, "text.", place, device)
-    return LoadedDiT(place, config, weights, dit, text)
+    numbers = None
+    if words := config.numbers.embedded:
+        numbers = NumberTokens(words, config.model.text_dim)
+        numbers = _fill(numbers, tensors, "numbers.", place, device)
+    return LoadedDiT(place, config, weights, dit, text, numbers)
 
 
 def load_vae(path: Path, weights: str = "ema", device: torch.device | str = "cpu") -> LoadedVAE:

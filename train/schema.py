@@ -156,7 +156,7 @@ class GivenConfig:
 
 @dataclass(frozen=True)
 class NumbersConfig:
-    """Numbers told as words behind the caption, such as "(fps 8, motion 0.3)".
+    """Numbers told behind the caption: as words, such as "(fps 8, motion 0.3)", or as embeddings.
 
     A source is "fps", or the name of a score of the sample; what has none is not told.
     """
@@ -165,15 +165,22 @@ class NumbersConfig:
         default_factory=dict
     )  # word -> where from; null: nowhere
     dropout: float = 0.1  # of each, independent of the caption's
+    form: str = "words"  # words | embedding: a token for each, learnt, behind those of the text
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, f"numbers.dropout={self.dropout} must lie in [0, 1)")
+        choice("numbers.form", self.form, ("words", "embedding"))
         object.__setattr__(self, "sources", self.told)  # null is as good as absent
 
     @property
     def told(self) -> dict[str, str]:
         """Words and their sources."""
         return {word: source for word, source in self.sources.items() if source is not None}
+
+    @property
+    def embedded(self) -> list[str]:
+        """Words that are told as embeddings, in the order of their values."""
+        return sorted(self.told) if self.form == "embedding" else []
 
 
 @dataclass(frozen=True)

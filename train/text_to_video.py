@@ -1,4 +1,4 @@
-"""What a DiT run trains: the transformer and, where it learns too, the text encoder."""
+"""What a DiT run trains: the transformer and, where they learn too, text encoder and numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.models.dit import DiT
+from longtake.models.numbers import NumberTokens, Told
 from longtake.models.sampler import TextInput
 from longtake.models.text import TextEncoder
 from longtake.models.tokens import Video
@@ -20,36 +21,49 @@ class TextToVideo(nn.Module):
     """DiT and, when it is trained along, the text encoder: one module for the engine.
 
     Text comes as a row per sample: token ids (L,) where the encoder is here, embeddings (L, D) of
-    a frozen one where it is not.
+    a frozen one where it is not; with `numbers` as `Told`.
     """
 
-    def __init__(self, dit: DiT, text: TextEncoder | None, max_length: int) -> None:
+    def __init__(
+        self,
+        dit: DiT,
+        text: TextEncoder | None,
+        max_length: int,
+        numbers: NumberTokens | None = None,
+    ) -> None:
         super().__init__()
         self.dit = dit
         self.text = text
         self.max_length = max_length
+        self.numbers = numbers
 
     @classmethod
     def from_config(cls, config: DiTRun) -> TextToVideo:
         """Fresh weights, what config.freeze names not to be trained; errors as of `freeze`."""
         text = TextEncoder(config.text) if config.text.is_trained else None
-        module = cls(DiT(config.model), text, config.text.max_length)
+        dit, words = DiT(config.model), config.numbers.embedded
+        numbers = NumberTokens(words, config.model.text_dim) if words else None
+        module = cls(dit, text, config.text.max_length, numbers)
         freeze(module, config.freeze)
         return module
 
-    def encode(self, rows: Sequence[Tensor]) -> TextInput:
+    def encode(self, rows: Sequence[Tensor | Told]) -> TextInput:
         """Embeddings (B, max_length, D), zero after each row's end, and their lengths."""
+        values = [row.values for row in rows if isinstance(row, Told)]
+        texts = [row.row if isinstance(row, Told) else row for row in rows]
         if self.text is not None:
-            return TextInput(*self.text(rows))
-        text = pad_embeddings([row.cpu() for row in rows], self.max_length)
-        device = next(self.dit.parameters()).device
-        return TextInput(to_device(text.embeds, device), text.lens)
+            text = TextInput(*self.text(texts))
+        else:
+            text = pad_embeddings([row.cpu() for row in texts], self.max_length)
+            device = next(self.dit.parameters()).device
+            text = TextInput(to_device(text.embeds, device), text.lens)
+        return text if self.numbers is None else self.numbers(text, torch.stack(values))
 
     def forward(
         self,
         latents: Tensor | Sequence[Video],
         t: Tensor,
-        rows: Sequence[Tensor],
+        rows: Sequence[Tensor | Told],
         levels: Tensor | None = None,
         level_index: Tensor | None = None,
         extra_t: Tensor | None = None,

@@ -13,6 +13,7 @@ from longtake.data.shards import ShardWriter
 from longtake.data.world import make_clip
 from longtake.launch.compose import compose
 from longtake.models.dit import DiT
+from longtake.models.numbers import NumberTokens
 from longtake.models.text import TextEncoder
 from longtake.models.vae import VAE
 from longtake.train import checkpoint
@@ -88,7 +89,9 @@ def write_dit_run(folder: Path, latents: Path, *overrides: str) -> Path:
     )
     assert isinstance(config, DiTRun)
     torch.manual_seed(1)
-    module = TextToVideo(DiT(config.model), TextEncoder(config.text), config.text.max_length)
+    dit, text, words = DiT(config.model), TextEncoder(config.text), config.numbers.embedded
+    numbers = NumberTokens(words, config.model.text_dim) if words else None
+    module = TextToVideo(dit, text, config.text.max_length, numbers)
     if config.lora is not None:
         add_adapters(module, config.lora)
     shake(module)  # a fresh DiT predicts zero: every comparison would hold
