@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from functools import cache
+
 import numpy as np
 
 from longtake.data.catalogue import open_manifest, read_parts
@@ -14,16 +18,31 @@ DEFAULT_FPS = 8.0  # of videos where the clips had several rates, or cannot be l
 
 def drawn_rate(config: DiTRun, frames: int) -> float:
     """That of `drawn_rates` for a clip of so many frames."""
-    return drawn_rates(config)[frames == 1]
+    return drawn_rates(config, has_videos=frames > 1)[frames == 1]
 
 
-def drawn_rates(config: DiTRun) -> tuple[float, float]:
+def drawn_rates(config: DiTRun, has_videos: bool = True) -> tuple[float, float]:
     """Frames per second of clips and of images, as training tells them: `data.fps`, or the rates of
-    the training data; images have 0 where nothing says otherwise."""
+    the training data; images have 0 where nothing says otherwise. Rank 0 warns where nothing tells
+    the rate of videos, if any are drawn."""
     if config.data.fps is not None:
         return config.data.fps, config.data.fps
     clips, images = catalogue_rates(config)
+    is_main = os.environ.get("RANK", "0") == "0"  # also before the ranks have joined
+    has_videos = has_videos and any(bucket.frames > 1 for bucket in config.data.buckets)
+    if clips is None and has_videos and is_main:
+        warn_of_default()
     return DEFAULT_FPS if clips is None else clips, 0.0 if images is None else images
+
+
+@cache
+def warn_of_default() -> None:
+    """Once, whoever asks how often."""
+    warnings.warn(
+        "data.train has clips of several rates, or is no longer there: videos are drawn and told "
+        f"as of {DEFAULT_FPS:g} frames per second; set data.fps for another rate",
+        stacklevel=3,
+    )
 
 
 def catalogue_rates(config: DiTRun) -> tuple[float | None, float | None]:

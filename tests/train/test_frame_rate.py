@@ -1,6 +1,7 @@
 """What is drawn plays as fast as what was trained on, whoever asks for it."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from longtake.train.encode import encode_shards
 from longtake.train.evaluate import EvaluateOptions, evaluate_run, resolve
 from longtake.train.evaluate_clips import ClipsOptions, evaluate_clips
 from longtake.train.export import export_run
-from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate
+from longtake.train.frame_rate import DEFAULT_FPS, drawn_rate, warn_of_default
 from longtake.train.painter import Painter
 from longtake.train.runs import load_dit
 from longtake.train.sample import SampleRequest, sample_to_files
 from longtake.train.schema import DiTRun
 
 from .conftest import Road, small_text
-from .small_runs import FAMILIES, write_dit_run, write_world
+from .small_runs import FAMILIES, four_steps, write_dit_run, write_world
+from .tiny_runs import train_here
 
 TOLD = "numbers.sources.fps=fps"
 
@@ -80,8 +82,28 @@ def test_who_says_more_is_heard(slow: Path) -> None:
 
     assert drawn_rate(changed(fps=6.0), 5) == 6
     gone = replace(config.data.train[0], path="gone")
-    assert drawn_rate(changed(train=[gone]), 5) == DEFAULT_FPS
+    warn_of_default.cache_clear()
+    with pytest.warns(UserWarning, match=r"videos are drawn .* 8 frames .* set data.fps"):
+        assert drawn_rate(changed(train=[gone]), 5) == DEFAULT_FPS
     assert drawn_rate(config, 1) == 0
+
+
+@pytest.mark.parametrize(("fps", "count"), [("null", 1), ("4", 0)])
+def test_a_run_says_once_that_no_rate_is_told(tmp_path: Path, fps: str, count: int) -> None:
+    """Its clips have several."""
+    folders = [write_world(tmp_path / f"at{rate}", frames=9, fps=rate) for rate in (4, 8)]
+    listed = ", ".join(f"{{path: {folder}, captions: {{short: 1}}}}" for folder in folders)
+    identity = "codec=identity", "model.in_channels=3", "model.out_channels=3"
+    asked = "evaluation.every=1", "evaluation.families=[move]", "evaluation.num_prompts=1"
+    run = four_steps(folders[0], tmp_path / "run", 5, ["t2v"], *identity, *asked)
+    data = [f"data.train=[{listed}]", f"data.fps={fps}", "train.steps=1"]
+    run = [one for one in run if not one.startswith("data.train.0.path")]
+    warn_of_default.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train_here([*run, *data]) == 0
+    said = [one for one in caught if "set data.fps" in str(one.message)]
+    assert len(said) == count
 
 
 def test_images_are_told_no_rate(road: Road, tmp_path: Path) -> None:
