@@ -27,9 +27,9 @@ COMPANIONS = {
     },
     "text/umt5_xxl": ["model=wan_1_3b"],
     "model/nano_identity": ["codec=identity", "tasks.i2v=0"],
-    "vae/demo": ["stage=vae"],
+    "vae/tiny": ["stage=vae"],
     "vae/small": ["stage=vae"],
-    "vae/wan": ["stage=vae"],
+    "vae/base": ["stage=vae"],
     "vae/wan22": ["stage=vae"],
 }
 
