@@ -21,8 +21,9 @@ class LatentFigures:
     (`latent_std`, `latent_std_min`, `latent_std_max`, `latent_mean_max`: largest |mean|),
     `latent_kurtosis_max` (3 for a normal one), `latent_dead`: share of channels that carry nothing,
     `latent_fine`: share of power above half of the highest spatial frequency (white noise has about
-    3/4; what a diffusion model cannot predict hides there, arXiv 2502.14831), and per channel
-    `latent_channel/03/std` and `latent_channel/03/signal`.
+    3/4; what a diffusion model cannot predict hides there, arXiv 2502.14831), as
+    `latent_fine/9x16x16` of a bucket, too, and per channel `latent_channel/03/std` and
+    `latent_channel/03/signal`.
 
     The signal of a channel is the variance of its posterior mean in that of a posterior sample,
     var(μ) / (var(μ) + E[σ²]). It is the activity of arXiv 1509.00519 §5.2, var(μ) > 0.01, for
@@ -33,8 +34,8 @@ class LatentFigures:
     def __init__(self, z_dim: int) -> None:
         self.z_dim = z_dim
 
-    def add(self, means: Means, posterior: Posterior) -> None:
-        """Count posteriors over (B, Z, T, H, W)."""
+    def add(self, means: Means, posterior: Posterior, bucket: str) -> None:
+        """Count posteriors over (B, Z, T, H, W) of clips of a bucket."""
         values = _by_channel(posterior.mean)
         count = values.shape[1]
         noise = _by_channel(posterior.logvar).exp().sum(1)
@@ -45,7 +46,8 @@ class LatentFigures:
                 means.add(f"{HIDDEN}{power}.{channel}", total, count)
         fine, whole = fine_power(posterior.mean)
         if whole > 0:
-            means.add("latent_fine", fine, whole)
+            for name in ("latent_fine", f"latent_fine/{bucket}"):
+                means.add(name, fine, whole)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """The row without raw moments and with what they say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from longtake.train.ranks import Ranks
 from longtake.train.schema import VAERun
 
 FVD_KEY = "validation.fvd_weights"
+
+
+def bucket_name(shape: tuple[int, ...]) -> str:
+    """How a bucket of clips (T, H, W) is called in the log: 17x256x256."""
+    return "x".join(map(str, shape))
 
 
 def world_scores(clip: Clip, pixels: Tensor) -> dict[str, float]:
@@ -42,7 +48,8 @@ def _holds(truth: dict[str, Any], shape: tuple[int, int, int]) -> bool:
 class ReconstructionDistance:
     """rFVD: the Fréchet video distance between clips and their reconstructions, all ranks together.
 
-    Images are left out: a detector of motion cannot take them.
+    Images are left out: a detector of motion cannot take them. `scarce` names buckets of which a
+    pass shows too few videos for a distance of their own, and how many it shows.
     """
 
     def __init__(self, config: VAERun, path: str, ranks: Ranks) -> None:
@@ -59,35 +66,51 @@ class ReconstructionDistance:
             self.detector(torch.zeros(1, 3, *shape)).shape[1] for shape in shapes
         )
         check_enough_clips(config.validation.num_samples, self.num_features, FVD_KEY)
+        self.scarce: dict[str, int] = {}
         self.clear()
 
     def check_pass(self, plan: ValPlan) -> None:
-        """ValueError where a validation pass shows too few clips that are no images."""
-        frames = [s.shape[0] for batch in plan.micro_batches(0, 1) for s in batch.samples]
-        videos = sum(count > 1 for count in frames)
+        """See what a validation pass shows; ValueError for too few clips that are no images."""
+        shapes = Counter(s.shape for batch in plan.micro_batches(0, 1) for s in batch.samples)
+        by_bucket = {bucket_name(shape): n for shape, n in shapes.items() if shape[0] > 1}
+        videos = sum(by_bucket.values())
         require(
             videos > self.num_features,
             f"validation.num_samples={plan.num_samples} takes {videos} videos and "
-            f"{len(frames) - videos} images of data.val; the {self.num_features} features of the "
-            f"detector of {FVD_KEY} need more than {self.num_features} videos: raise it, give more "
-            f"videos, or set {FVD_KEY} to null",
+            f"{shapes.total() - videos} images of data.val; the {self.num_features} features of "
+            f"the detector of {FVD_KEY} need more than {self.num_features} videos: raise it, give "
+            f"more videos, or set {FVD_KEY} to null",
         )
+        self.scarce = {bucket: n for bucket, n in by_bucket.items() if n <= self.num_features}
 
     def clear(self) -> None:
         """Forget all clips: a new pass begins."""
-        self._features: list[list[list[float]]] = [[], []]  # of the truth and of what was drawn
+        self._features = _no_features()  # of each bucket
 
     def add(self, drawn: Tensor, truth: Tensor) -> None:
         """Count clips (B, 3, T, H, W) in [0, 1]."""
         if truth.shape[2] > 1:
-            for features, clips in zip(self._features, (truth, drawn), strict=True):
+            mine = self._features[bucket_name(truth.shape[2:])]
+            for features, clips in zip(mine, (truth, drawn), strict=True):
                 features += self.detector(clips).tolist()
 
-    def value(self) -> float:
-        """The distance over all ranks' clips, on every rank; ValueError where too few were read."""
-        gathered = self.ranks.gather(self._features)
-        truth, drawn = (
-            torch.tensor([row for rank in gathered for row in rank[side]]) for side in (0, 1)
-        )
-        check_enough_clips(len(truth), self.num_features, FVD_KEY)
-        return frechet_distance(truth, drawn)
+    def values(self) -> dict[str, float]:
+        """The distance over all ranks' clips and, as `rfvd/9x16x16`, over those of each bucket that
+        has enough of them; on every rank. ValueError where too few were read in all."""
+        found = _no_features()
+        for of_rank in self.ranks.gather(self._features):
+            for bucket, both in of_rank.items():
+                for name in ("rfvd", f"rfvd/{bucket}"):
+                    for features, more in zip(found[name], both, strict=True):
+                        features += more
+        check_enough_clips(len(found["rfvd"][0]), self.num_features, FVD_KEY)
+        return {
+            name: frechet_distance(torch.tensor(truth), torch.tensor(drawn))
+            for name, (truth, drawn) in found.items()
+            if len(truth) > self.num_features
+        }
+
+
+def _no_features() -> defaultdict[str, tuple[list[list[float]], list[list[float]]]]:
+    """Features of the truth and of what was drawn, by name."""
+    return defaultdict(lambda: ([], []))

@@ -26,7 +26,7 @@ from longtake.train.optim import freeze
 from longtake.train.playback import to_frames
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
-from longtake.train.vae_judges import FVD_KEY, ReconstructionDistance, world_scores
+from longtake.train.vae_judges import FVD_KEY, ReconstructionDistance, bucket_name, world_scores
 from longtake.train.vae_schema import changes, measured_terms
 
 ERRORS = {
@@ -145,8 +145,8 @@ class VAETask:
 
         PSNR (dB), SSIM, flicker beside the truth's, LPIPS where its file is given, L1: means over
         clips, `psnr/9x16x16` those of a bucket. Scores of `world_scores` likewise, over
-        validation.score_share of the clips. rFVD of all clips where its file is given. Latent
-        figures as of `LatentFigures`.
+        validation.score_share of the clips. rFVD likewise where its file is given, of buckets with
+        videos enough. Latent figures as of `LatentFigures`.
         """
         latents = LatentFigures(self.config.vae.z_dim)
         if self.distance is not None:
@@ -157,7 +157,7 @@ class VAETask:
             pixels, posterior = self._reconstruct(engine, video)
             if not batch.counted:  # keeps the ranks in step, belongs to nobody
                 continue
-            bucket = "x".join(str(size) for size in video.shape[2:])
+            bucket = bucket_name(video.shape[2:])
             for name, values in self._figures(pixels, video).items():
                 for key in (name, f"{name}/{bucket}"):
                     means.add(key, values.double().sum().item(), len(values))
@@ -166,9 +166,10 @@ class VAETask:
                     means.add(key, value, 1)
             if self.distance is not None:
                 self.distance.add((pixels + 1) / 2, (video + 1) / 2)
-            latents.add(means, posterior)
+            latents.add(means, posterior, bucket)
         if self.distance is not None:
-            means.add("rfvd", self.distance.value(), 1)
+            for name, value in self.distance.values().items():
+                means.add(name, value, 1)
         return means
 
     def _scores(self, batch: Batch, pixels: Tensor) -> Iterator[tuple[str, float]]:
@@ -185,6 +186,12 @@ class VAETask:
             gaps.append("LPIPS: set loss.perceptual.weights to a TorchScript VGG-16 of yours")
         if self.distance is None:
             gaps.append(f"rFVD: set {FVD_KEY} to a TorchScript detector of yours, such as I3D")
+        elif self.distance.scarce:
+            listed = ", ".join(f"{name} ({n} videos)" for name, n in self.distance.scarce.items())
+            gaps.append(
+                f"rFVD of {listed} by itself: a bucket needs more than "
+                f"{self.distance.num_features} videos: raise validation.num_samples"
+            )
         return gaps
 
     def _figures(self, pixels: Tensor, video: Tensor) -> dict[str, Tensor]:

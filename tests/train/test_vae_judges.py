@@ -15,13 +15,14 @@ from longtake.train.main import run
 from longtake.train.playback import to_pixels
 from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
-from longtake.train.vae_judges import ReconstructionDistance, world_scores
+from longtake.train.vae_judges import ReconstructionDistance, bucket_name, world_scores
 from longtake.train.vae_task import VAETask
 from tests.train.metric_weights import save_detector
 from tests.train.small_runs import BUCKET, COMMON, FRAMES, SIDE, VAE_SIZES, write_world
 from tests.train.tiny_runs import losses, tree
 
 SHAPE = FRAMES, SIDE, SIDE
+NAME = bucket_name(SHAPE)
 
 
 def clip_of(index: int) -> Clip:
@@ -71,13 +72,14 @@ def test_validation_reports_scores_per_bucket_and_rfvd(tmp_path: Path) -> None:
     write_world(tmp_path / "world", num_clips=6)
     detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
     assert run(tree(options(tmp_path, detector, "train.val_every=1"))) == 0
+    of_bucket = "world/move/colour", "rfvd", "latent_fine"
     found = {
         name: losses(tmp_path / "run", f"val/{name}")
-        for name in ("world", "world/move/colour", "world/leftright/relation", "rfvd", "rfvd_ema")
+        for name in ("world", "world/leftright/relation", "rfvd_ema", *of_bucket)
     }
     assert all(values.keys() == {0, 1} for values in found.values())
-    of_bucket = losses(tmp_path / "run", f"val/world/move/colour/{FRAMES}x{SIDE}x{SIDE}")
-    assert of_bucket == found["world/move/colour"]
+    for name in of_bucket:
+        assert losses(tmp_path / "run", f"val/{name}/{NAME}") == found[name]
     assert min(found["rfvd"].values()) > 0
 
 
@@ -87,10 +89,22 @@ def test_rfvd_is_zero_for_equal_clips_and_grows_with_the_difference(tmp_path: Pa
     clips = torch.rand(6, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
     distance.add(clips, clips)
     distance.add(clips[:, :, :1], 1 - clips[:, :, :1])  # images do not count
-    assert distance.value() == pytest.approx(0, abs=1e-9)
+    assert distance.values() == pytest.approx({"rfvd": 0, f"rfvd/{NAME}": 0}, abs=1e-9)
     distance.clear()
     distance.add(clips * 0.5, clips)
-    assert distance.value() > 0.1
+    assert distance.values()["rfvd"] > 0.1
+
+
+def test_rfvd_of_a_bucket_is_that_of_its_clips_alone(tmp_path: Path) -> None:
+    detector = str(save_detector(tmp_path / "i3d.pt"))
+    distance = ReconstructionDistance(config_of(tmp_path), detector, single_process())
+    clips = torch.rand(6, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    distance.add(clips * 0.5, clips)
+    alone = distance.values()[f"rfvd/{NAME}"]
+    distance.add(clips[:3, ..., 1:], clips[:3, ..., 1:])  # as many clips as features: too few
+    found = distance.values()
+    assert found.keys() == {"rfvd", f"rfvd/{NAME}"}
+    assert found[f"rfvd/{NAME}"] == alone > found["rfvd"] > 0
 
 
 def test_what_is_not_measured_is_said_and_what_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -130,3 +144,22 @@ def test_only_videos_count_for_rfvd(tmp_path: Path, capsys: pytest.CaptureFixtur
     distance = VAETask(config, single_process()).distance
     assert distance is not None
     distance.check_pass(ValPlan.from_config(config.data, config.seed, 8))
+
+
+def test_a_bucket_of_few_videos_goes_without_rfvd_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_world(tmp_path / "world", num_clips=6)
+    write_world(tmp_path / "wide", num_clips=4, width=2 * SIDE)
+    both = f"[{{path:{tmp_path}/world}},{{path:{tmp_path}/wide}}]"
+    wide = f"{{frames:{FRAMES},height:{SIDE},width:{2 * SIDE},batch_size:2}}"
+    name = bucket_name((FRAMES, SIDE, 2 * SIDE))
+    detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
+    mixed = f"data.buckets=[{BUCKET},{wide}]", f"data.train={both}", f"data.val={both}"
+    few = "validation.num_samples=7"  # four of the one, three of the other
+    assert run(tree(options(tmp_path, detector, *mixed, few))) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"rFVD of {name} (3 videos) by itself: a bucket needs more than 3") == 1
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert f'"val/rfvd/{NAME}"' in logged and f'"val/psnr/{name}"' in logged
+    assert f"val/rfvd/{name}" not in logged

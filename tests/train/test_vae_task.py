@@ -177,7 +177,7 @@ def test_latent_figures_add_up_over_batches() -> None:
     figures = LatentFigures(3)
     halves = [Means(figures.summary), Means(figures.summary)]
     for means, part in zip(halves, latents.chunk(2), strict=True):
-        figures.add(means, Posterior(part, torch.full_like(part, math.log(0.25))))
+        figures.add(means, Posterior(part, torch.full_like(part, math.log(0.25))), "5x64x64")
     row = halves[0].merged([dict(means.sums) for means in halves])
     assert row["latent_channel/00/mean"] == pytest.approx(5, abs=0.1)
     assert row["latent_channel/00/std"] == pytest.approx(2, rel=0.05)
@@ -188,11 +188,23 @@ def test_latent_figures_add_up_over_batches() -> None:
     assert not any(name.startswith("latent.") for name in row)
 
 
+def test_fine_detail_is_told_per_bucket() -> None:
+    noise = torch.randn(2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    wave = torch.cos(2 * torch.pi * torch.arange(8) / 8).expand(2, 3, 2, 8, 8)
+    means = Means(LatentFigures(3).summary)
+    for mean, bucket in ((noise, "5x32x32"), (wave, "5x16x16")):
+        LatentFigures(3).add(means, Posterior(mean, torch.zeros_like(mean)), bucket)
+    row = means.merged([dict(means.sums)])
+    assert row["latent_fine/5x32x32"] == pytest.approx(0.7, abs=0.05)
+    assert row["latent_fine/5x16x16"] < 1e-6 < row["latent_fine"] < row["latent_fine/5x32x32"]
+
+
 @pytest.mark.parametrize(("std", "noise", "dead"), [(1e-4, 1.0, 1), (1e-4, 0.05, 1), (1, 0.05, 0)])
 def test_a_collapse_of_all_channels_is_seen(std: float, noise: float, dead: float) -> None:
     mean = std * torch.randn(4, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
     means = Means(LatentFigures(3).summary)
-    LatentFigures(3).add(means, Posterior(mean, torch.full_like(mean, 2 * math.log(noise))))
+    posterior = Posterior(mean, torch.full_like(mean, 2 * math.log(noise)))
+    LatentFigures(3).add(means, posterior, "5x16x16")
     assert means.merged([dict(means.sums)])["latent_dead"] == dead
 
 
