@@ -8,8 +8,11 @@ the other samples of the batch.
 import itertools
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from longtake.models.vae_conv import is_bf16_on_cpu
 
 SLOPE = 0.2  # of the leaky ReLU, as in PatchGAN
 MAX_MULT = 8  # width of the deepest layers, in base widths
@@ -45,6 +48,30 @@ class DiscriminatorConfig:
             )
 
 
+class ClipConv3d(nn.Conv3d):
+    """3-D convolution that is right in bf16 on a CPU, too: there it is a 2-D one of frames, with
+    the frames that each of them sees as its channels.
+
+    oneDNN's own of clips is not, with AMX: the output of a single frame of 3 channels, and weight
+    gradients where frames are few or have more than 1024 positions; it may write past its memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by_frames(x) if is_bf16_on_cpu(x) else super().forward(x)
+
+    def by_frames(self, x: Tensor) -> Tensor:
+        """The same function of (B, C, T, H, W), by operations with derivatives of any order."""
+        assert not isinstance(self.padding, str)
+        (taps, *_), (step, *strides), (rim, *rims) = self.kernel_size, self.stride, self.padding
+        x = F.pad(x, (0, 0, 0, 0, rim, rim)).movedim(1, -1)  # (B, T, H, W, C)
+        last = x.shape[1] - taps + 1
+        seen = torch.cat([x[:, tap : tap + last : step] for tap in range(taps)], dim=-1)
+        frames = seen.flatten(0, 1).movedim(-1, 1)  # (B·T', taps·C, H, W) in channels-last memory
+        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        y = F.conv2d(frames, weight, self.bias, strides, rims)
+        return y.unflatten(0, seen.shape[:2]).transpose(1, 2)  # (B, C', T', H', W')
+
+
 class Discriminator(nn.Module):
     """Video (B, C, T, H, W) → one logit per patch, (B, 1, T', H', W'); images are T = 1."""
 
@@ -53,17 +80,17 @@ class Discriminator(nn.Module):
         self.config = config
         mults = [min(2**index, MAX_MULT) for index in range(config.num_layers)]
         widths = [config.base_dim * mult for mult in mults]
-        self.conv_in = nn.Conv3d(
+        self.conv_in = ClipConv3d(
             config.in_channels, widths[0], (3, 4, 4), stride=(1, 2, 2), padding=(1, 1, 1)
         )
         self.layers = nn.ModuleList(
             nn.Sequential(
-                nn.Conv3d(before, after, (3, 4, 4), stride=2, padding=1, bias=False),
+                ClipConv3d(before, after, (3, 4, 4), stride=2, padding=1, bias=False),
                 nn.GroupNorm(after // 8, after),
             )
             for before, after in itertools.pairwise(widths)
         )
-        self.conv_out = nn.Conv3d(widths[-1], 1, 3, padding=1)
+        self.conv_out = ClipConv3d(widths[-1], 1, 3, padding=1)
 
     def forward(self, video: Tensor) -> Tensor:
         x = F.leaky_relu(self.conv_in(video), SLOPE)

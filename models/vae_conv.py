@@ -202,12 +202,14 @@ def _is_plain_fp32(x: Tensor) -> bool:
     return on_cpu and not torch.is_autocast_enabled("cpu")
 
 
-def _may_overrun(x: Tensor) -> bool:
-    """bf16 clips of large frames on a CPU."""
-    if x.device.type != "cpu" or x.dim() == 4 or x.shape[-2:].numel() <= SAFE_AREA:
-        return False
+def is_bf16_on_cpu(x: Tensor) -> bool:
+    """bf16 on a CPU, or to become so by autocast."""
     under = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return under or x.dtype == torch.bfloat16
+    return x.device.type == "cpu" and (under or x.dtype == torch.bfloat16)
+
+
+def _may_overrun(x: Tensor) -> bool:
+    return x.dim() == 5 and x.shape[-2:].numel() > SAFE_AREA and is_bf16_on_cpu(x)
 
 
 def _is_slow(x: Tensor) -> bool:
