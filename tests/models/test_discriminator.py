@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from longtake.models.discriminator import ClipConv3d, Discriminator, DiscriminatorConfig
 
@@ -31,11 +32,12 @@ def test_by_frames_equals_the_plain_convolution(kind: str, dtype: torch.dtype) -
     torch.manual_seed(0)
     conv = ClipConv3d(*channels, kernel, stride=stride, padding=1)
     assert conv.bias is not None
-    inputs = [torch.randn(shape, requires_grad=True), conv.weight, conv.bias]
-    expected = derivatives(nn.functional.conv3d(*inputs, stride, 1), inputs)
+    video = torch.randn(shape, requires_grad=True)
+    inputs = [video, conv.weight, conv.bias]
+    expected = derivatives(F.conv3d(video, conv.weight, conv.bias, stride, 1), inputs)
     is_half = dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
-        found = conv(inputs[0]) if is_half else conv.by_frames(inputs[0])
+        found = conv(video) if is_half else conv.by_frames(video)
     assert found.dtype == dtype
     for exact, other in zip(expected, derivatives(found, inputs), strict=True):
         error = (other.float() - exact).norm()
