@@ -21,7 +21,7 @@ from longtake.train.config import to_tree
 from longtake.train.console import RunConsole
 from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, StepResult
-from longtake.train.health import Quarantine, Spikes, StopSignal
+from longtake.train.health import MIN_WATCHED, Quarantine, Spikes, StopSignal
 from longtake.train.metrics import WeightedMean
 from longtake.train.optim import lr_at
 from longtake.train.playback import write_drawings
@@ -98,8 +98,17 @@ class Training:
     def pauses_at(self, step: int) -> bool:
         """Whether something other than the next step is due before it."""
         config = self.config.train
-        every = config.val_every, config.sample_every, config.checkpoint_every, self.evaluate_every
-        return step == config.steps or any(is_due(step, each, False) for each in every)
+        every = config.val_every, config.sample_every, self.evaluate_every
+        pauses = step == config.steps or self.saves_at(step)
+        return pauses or any(is_due(step, each, False) for each in every)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due before `step`. The first is due no later than where jumps
+        of the loss begin to be judged, so that there is one to go back to."""
+        config = self.config.train
+        if self.spikes.losses.factor and step == MIN_WATCHED < config.checkpoint_every:
+            return True
+        return step > 0 and is_due(step, config.checkpoint_every, step == config.steps)
 
     @property
     def evaluate_every(self) -> int:
@@ -306,7 +315,7 @@ def train(run: Training) -> bool:
                     run.draw()
                 if is_due(step, run.evaluate_every, is_last) and not stop:
                     run.evaluate()
-                if stop or (step > 0 and is_due(step, config.checkpoint_every, is_last)):
+                if stop or run.saves_at(step):
                     run.save()
         if is_last or stop:
             run.writer.finish()

@@ -100,6 +100,17 @@ def test_a_jump_rewinds_and_leaves_its_samples_out(
     assert max(losses(folder).values()) < 1 and read_marker(folder) == "FINISHED"
 
 
+def test_the_first_loss_that_is_judged_has_a_checkpoint_behind_it(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(monkeypatch, 1e4, step=10, slot=0)
+    folder = shards / "first"
+    assert train_here(settings(shards, folder, "train.checkpoint_every=100")) == 0
+    assert "back at step 10" in capsys.readouterr().out
+    assert max(losses(folder).values()) < 1 and read_marker(folder) == "FINISHED"
+    assert [step for step, _ in checkpoint.list_steps(folder / "checkpoints")] == [24, 10]
+
+
 def test_a_term_that_begins_is_no_jump(shards: Path) -> None:
     folder = shards / "late"
     late = "loss.flicker={weight: 500, start: 17}"
