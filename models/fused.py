@@ -6,6 +6,7 @@ of its input. Legend: B batch, N tokens, D hidden, H heads, Dh = D/H, K noise le
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -259,11 +260,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
     out, weights = _attend_shapes(q, k, v, bias)
     with torch.autocast(q.device.type, enabled=False):
         start, beta = (q.new_zeros(()), 0) if bias is None else (bias.to(q.dtype), 1)
-        for heads in _head_groups(weights):
-            keys = k[heads].transpose(1, 2)
-            logits = torch.baddbmm(start, q[heads], keys, beta=beta, alpha=scale)
-            torch.softmax(logits, -1, out=weights[heads])
-            out[heads] = torch.bmm(weights[heads], v[heads])  # kept by selective checkpointing
+        for probs, found, query, key, value in _by_heads(weights, out, q, k, v):
+            logits = torch.baddbmm(start, query, key.transpose(1, 2), beta=beta, alpha=scale)
+            torch.softmax(logits, -1, out=probs)
+            found.copy_(torch.bmm(probs, value))  # kept by selective checkpointing
     return out, weights
 
 
@@ -275,22 +275,24 @@ def _attend_back(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    scale = 1 / math.sqrt(q.shape[-1])
+    scale, zero = 1 / math.sqrt(q.shape[-1]), q.new_zeros(())
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for heads in _head_groups(weights):
-        probs, g = weights[heads], grad[heads]
-        torch.bmm(probs.transpose(1, 2), g, out=d_v[heads])
-        d_weights = torch.bmm(g, v[heads].transpose(1, 2))
-        d_logits = torch.ops.aten._softmax_backward_data(d_weights, probs, -1, q.dtype)
-        torch.bmm(d_logits, k[heads], out=d_q[heads])
-        torch.bmm(d_logits.transpose(1, 2), q[heads], out=d_k[heads])
-    return d_q.mul_(scale), d_k.mul_(scale), d_v
+    parts = _by_heads(weights, grad, q, k, v, d_q, d_k, d_v)
+    for probs, g, query, key, value, d_query, d_key, d_value in parts:
+        torch.bmm(probs.transpose(1, 2), g, out=d_value)
+        d_logits = torch.bmm(g, value.transpose(1, 2))
+        # row by row, in place
+        torch.ops.aten._softmax_backward_data(d_logits, probs, -1, q.dtype, grad_input=d_logits)
+        torch.baddbmm(zero, d_logits, key, beta=0, alpha=scale, out=d_query)
+        torch.baddbmm(zero, d_logits.transpose(1, 2), query, beta=0, alpha=scale, out=d_key)
+    return d_q, d_k, d_v
 
 
-def _head_groups(weights: Tensor) -> list[slice]:
-    """Heads whose weights (M, N, L) make about GROUP elements together, at least one."""
+def _by_heads(weights: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Weights (M, N, L) and what belongs to them, of some heads at a time, at least one: of as many
+    as have about GROUP weights together."""
     size = max(1, GROUP // weights[0].numel())
-    return [slice(first, first + size) for first in range(0, len(weights), size)]
+    return zip(*(tensor.split(size) for tensor in (weights, *others)), strict=True)
 
 
 class ExplicitAttention(Function):

@@ -43,6 +43,7 @@ from longtake.train.ema import Ema
 from longtake.train.engine import Engine, Ranks, init_distributed
 from longtake.train.given import needed_segments
 from longtake.train.health import Quarantine, Spikes, StopSignal
+from longtake.train.heap import keep_freed_memory
 from longtake.train.init_from import start_from
 from longtake.train.lora import add_adapters
 from longtake.train.metrics import WeightedMean
@@ -203,6 +204,8 @@ def join(prepared: Prepared) -> tuple[Ranks, FolderLock | None]:
     config = prepared.config
     _prepare_torch(config)
     device, degree = pick_device(config.train.device).type, config.engine.sequence_parallel
+    if device == "cpu":
+        keep_freed_memory()
     ranks = init_distributed(device, config.train.timeout, degree)
     return ranks, _claim(prepared.folder, ranks)
 
