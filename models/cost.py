@@ -53,7 +53,7 @@ def vae_forward_flops(config: VAEConfig, frames: int, height: int, width: int) -
 
 
 @cache
-@torch.no_grad()
+@torch.enable_grad()  # the counter does not know the fused attention that runs without
 def _count(config: VAEConfig, length: int, places: int) -> int:
     """FlopCounterMode on a clip of so many latent frames and places, without content."""
     st, sh, sw = config.strides
