@@ -307,10 +307,15 @@ class VAERun(RunConfig):
     discriminator: AdversaryConfig
     speed: VAESpeedConfig = VAESpeedConfig()
     cuts: float = 0.0  # share of training clips that become another picture at a drawn frame
+    fades: float = 0.0  # share of those that do so over a drawn time
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.cuts <= 1, f"cuts={self.cuts} must lie in [0, 1]")
+        require(
+            self.cuts >= 0 and self.fades >= 0 and self.cuts + self.fades <= 1,
+            f"cuts={self.cuts} and fades={self.fades} must be shares: at least 0, together at most "
+            "1",
+        )
         for name in ("in_channels", "out_channels"):
             channels = getattr(self.vae, name)
             require(channels == 3, f"vae.{name}={channels} must be 3 (RGB)")

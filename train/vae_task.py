@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,18 +40,31 @@ ERRORS = {
 }
 
 
-def cut_(video: Tensor, samples: Sequence[PlannedSample], share: float) -> None:
-    """Make a `share` of the clips (B, 3, T, H, W) another picture from a drawn frame on: turned by
-    half a circle, red for blue, and up to half as dark.
+def change_(video: Tensor, samples: Sequence[PlannedSample], cuts: float, fades: float) -> None:
+    """Make shares of the clips (B, 3, T, H, W) another picture from a drawn frame on: `cuts` at
+    once, `fades` over a drawn time. It is red for blue, up to half as dark, half of the time turned
+    by half a circle, and half of the time negative.
 
-    Footage is cut at any frame, and things change at once. Then one latent frame holds two
-    pictures, which most corpora show too seldom for it to be learned.
+    Footage is cut and faded at any frame, and things change at once or gradually. Then one latent
+    frame holds several pictures, which most corpora show too seldom for it to be learned.
     """
+    last = video.shape[2] - 1
     for clip, sample in zip(video, samples, strict=True):
-        if uniform(sample.seed, "cut") < share:
-            first = 1 + int(uniform(sample.seed, "cut.at") * (clip.shape[1] - 1))
-            light = 0.5 + 0.5 * uniform(sample.seed, "cut.light")
-            clip[:, first:] = (clip[:, first:].flip(0, 2, 3) + 1) * light - 1
+        draw = partial(uniform, sample.seed)
+        kind = draw("change")
+        if kind >= cuts + fades or last == 0:
+            continue
+        light = 0.5 + 0.5 * draw("change.light")
+        other = clip.flip(0)
+        if draw("change.turned") < 0.5:
+            other = other.flip(2, 3)
+        if draw("change.negative") < 0.5:
+            other = -other
+        other = (other + 1) * light - 1
+        lasting = 0.0 if kind < cuts else 1 + draw("change.lasting") * (last - 1)  # frames
+        since = torch.arange(last + 1) - draw("change.at") * (last - lasting)
+        share = (since / lasting).clamp(0, 1) if lasting else (since > 0).float()
+        clip.lerp_(other, share[:, None, None])
 
 
 class VAETask:
@@ -93,8 +107,8 @@ class VAETask:
         """Terms of optimizer step `batch.step`; the critic's lesson comes with it."""
         samples = batch.samples
         video = batch.stack_video()  # (B, 3, T, H, W)
-        if self.config.cuts:
-            cut_(video, samples, self.config.cuts)
+        if self.config.cuts or self.config.fades:
+            change_(video, samples, self.config.cuts, self.config.fades)
         video = to_device(video, self.device)
         noise = normal_draws(samples, self._latent_shape(video), "posterior")
         pixels, posterior = engine(video, to_device(noise, self.device))

@@ -43,9 +43,9 @@ def phases(out: Path) -> list[Phase]:
     def vae_part(title: str, experiment: str, folder: Path, frames: int, *more: str) -> Phase:
         size = {1: 8, 5: 4, 17: 2}[frames]
         bucket = f"{{frames: {frames}, height: 32, width: 32, batch_size: {size}}}"
-        # None of its families changes at once; for three of them half of the width will do.
+        # None of its families changes its looks; for three of them half of the width will do.
         own = (
-            *("vae.base_dim=16", "vae.patch_size=1", "cuts=0", "speed.compile=false"),
+            *("vae.base_dim=16", "vae.patch_size=1", "cuts=0", "fades=0", "speed.compile=false"),
             *(f"data.buckets=[{bucket}]", "data.micro_batches_per_step=2", *RANKS),
         )
         return train(f"VAE, {title}", experiment, folder, *own, *paths(clips), *more)

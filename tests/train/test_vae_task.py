@@ -1,12 +1,13 @@
 """What a VAE run starts from, what stays frozen, and what its validation says of its latents."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from longtake.data.plan.planned import PlannedSample
 from longtake.models.interop import vae_to_diffusers
@@ -19,7 +20,7 @@ from longtake.train.optim import freeze
 from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Means
-from longtake.train.vae_task import VAETask, cut_
+from longtake.train.vae_task import VAETask, change_
 from tests.train.metric_weights import save_perceptual
 from tests.train.tiny_runs import TINY_VAE, losses, options, train_here, tree
 
@@ -96,39 +97,85 @@ def test_validation_says_how_good_and_what_the_latents_are_like(shards: Path) ->
         assert losses(folder, name).keys() == {1, 2}, name
 
 
-def test_clips_are_cut_to_another_picture_by_their_own_draws() -> None:
-    video = torch.rand(64, 3, 5, 4, 6) - 0.5
+def drawn_clips(number: int) -> tuple[Tensor, list[PlannedSample]]:
+    """Clips of five frames whose pictures differ from all that they may be changed to."""
     plan = PlannedSample(
         *(0, 0, 0, "a", 0, (5, 4, 6), (0.0, 0.1, 0.2, 0.3, 0.4), 10.0),
         *((0.5, 0.5), False, "short", 0, 0, (0, 0)),
     )
-    samples = [replace(plan, seed=seed) for seed in range(64)]
-    all_cut, half_cut, none_cut = video.clone(), video.clone(), video.clone()
-    cut_(all_cut, samples, 1.0)
-    cut_(half_cut, samples, 0.5)
-    cut_(none_cut, samples, 0.0)
-    assert torch.equal(none_cut, video)
-    kept = (all_cut == video).flatten(3).all(3).all(1)  # (B, T)
-    firsts = kept.sum(1)
-    assert set(firsts.tolist()) == {1, 2, 3, 4}
-    light = []
-    for clip, cut, first in zip(video, all_cut, firsts.tolist(), strict=True):
+    video = torch.rand(number, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0)) - 0.5
+    return video, [replace(plan, seed=seed) for seed in range(number)]
+
+
+def changed(video: Tensor, samples: list[PlannedSample], cuts: float, fades: float) -> Tensor:
+    video = video.clone()
+    change_(video, samples, cuts, fades)
+    return video
+
+
+def others_of(clip: Tensor) -> Iterator[Tensor]:
+    """The four pictures that a clip may become, in full light."""
+    for turned in (clip.flip(0), clip.flip(0, 2, 3)):
+        yield from (turned, -turned)
+
+
+def test_clips_are_cut_to_another_picture_by_their_own_draws() -> None:
+    video, samples = drawn_clips(64)
+    all_cut, half_cut = (changed(video, samples, share, 0.0) for share in (1.0, 0.5))
+    assert torch.equal(changed(video, samples, 0.0, 0.0), video)
+    firsts = (all_cut == video).flatten(3).all(3).all(1).sum(1).tolist()
+    assert set(firsts) == {1, 2, 3, 4}
+    kinds, light = set(), []
+    for clip, cut, first in zip(video, all_cut, firsts, strict=True):
         assert torch.equal(cut[:, :first], clip[:, :first])
-        shares = (cut[:, first:] + 1) / (clip[:, first:].flip(0, 2, 3) + 1)
-        light.append(shares.mean().item())
-        torch.testing.assert_close(shares, torch.full_like(shares, light[-1]), rtol=1e-5, atol=0)
+        shares = [(cut[:, first:] + 1) / (other[:, first:] + 1) for other in others_of(clip)]
+        kind = min(range(4), key=lambda index: float(shares[index].std()))
+        assert shares[kind].std() < 1e-5
+        kinds.add(kind)
+        light.append(shares[kind].mean().item())
+    assert kinds == {0, 1, 2, 3}
     assert 0.5 <= min(light) < 0.6 and 0.9 < max(light) <= 1
     is_cut = (half_cut != video).flatten(1).any(1)
     assert 16 < is_cut.sum() < 48
     assert torch.equal(half_cut[is_cut], all_cut[is_cut])  # whatever the others and the share
-    still = video[:, :, :1].clone()
-    cut_(still, samples, 1.0)
-    assert torch.equal(still, video[:, :, :1])
+    still = video[:, :, :1]
+    assert torch.equal(changed(still, samples, 0.5, 0.5), still)
 
 
-def test_training_sees_the_cuts_and_validation_none(shards: Path, tmp_path: Path) -> None:
-    runs = tmp_path / "plain", tmp_path / "cut"
-    for folder, more in zip(runs, ("cuts=0", "cuts=1"), strict=True):
+def test_clips_fade_into_another_picture() -> None:
+    video, samples = drawn_clips(64)
+    all_cut, faded = changed(video, samples, 1.0, 0.0), changed(video, samples, 0.0, 1.0)
+    both = changed(video, samples, 0.5, 0.5)
+    is_cut = (both == all_cut).flatten(1).all(1)
+    assert 16 < is_cut.sum() < 48
+    assert torch.equal(both[~is_cut], faded[~is_cut])  # each clip is cut or faded
+    on_the_way = []
+    for clip, cut, fade in zip(video, all_cut, faded, strict=True):
+        other = cut[:, -1] - clip[:, -1]  # of the last frame both show it alone
+        torch.testing.assert_close(fade[:, -1], cut[:, -1])
+        assert torch.equal(fade[:, 0], clip[:, 0]) and other.abs().max() > 0
+        moved = (fade - clip).flatten(2).norm(dim=2).norm(dim=0)  # (T,)
+        on_the_way.append(int((moved[1:-1] > 0).sum()))
+    assert set(on_the_way) == {1, 2, 3}
+    # A still clip shows the shares themselves: they rise from 0 to 1, evenly.
+    still = video[:, :, :1].expand(-1, -1, 5, -1, -1)
+    faded = changed(still, samples, 0.0, 1.0)
+    way = (faded - still).flatten(3).norm(dim=3).norm(dim=1)
+    share = way / way[:, -1:]
+    steps = share.diff(dim=1)
+    inner = steps[(share[:, :-1] > 0).logical_and(share[:, 1:] < 1)]
+    assert steps.min() >= -1e-6 and len(inner) > 16
+    for row, clip in zip(steps, share, strict=True):
+        even = row[(clip[:-1] > 0).logical_and(clip[1:] < 1)]
+        assert len(even) == 0 or even.max() - even.min() < 1e-4
+
+
+@pytest.mark.parametrize("change", ["cuts=1", "fades=1"])
+def test_training_sees_the_changes_and_validation_none(
+    change: str, shards: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "plain", tmp_path / "changed"
+    for folder, more in zip(runs, ("cuts=0", change), strict=True):
         watched = "train.steps=1", "train.val_every=1", more
         assert train_here(options(shards, folder, *watched, task=TINY_VAE)) == 0
     assert losses(runs[0])[1] != losses(runs[1])[1]
@@ -138,7 +185,7 @@ def test_training_sees_the_cuts_and_validation_none(shards: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("wrong", "rule"),
     [
-        ("cuts=1.5", r"cuts=1\.5 must lie in \[0, 1\]"),
+        ("cuts=1.5", r"cuts=1\.5 and fades=0\.0 must be shares"),
         ("resume=sometimes", "resume=sometimes must be"),
         ("seed=-1", "seed=-1 must lie in"),
     ],
