@@ -1,14 +1,30 @@
 """Hand-written gradients against those of the plain formulas, over several cache-sized pieces."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.models import fused
 from longtake.models.attention import attention
+
+
+class Calls(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[object] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.add(func)
+        return func(*args, **(kwargs or {}))
 
 
 def same(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -67,6 +83,24 @@ def test_attention(
         plain,
         q, k, v,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_attention_without_gradients_is_the_fused_kernel(
+    dtype: torch.dtype, atol: float, with_bias: bool
+) -> None:
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=dtype) for n in (4, 5, 5))
+    bias = torch.randn(5) if with_bias else None
+    with Calls() as training:
+        expected = attention(q, k, v, key_bias=bias)
+    with Calls() as drawing, torch.no_grad():
+        found = attention(q, k, v, key_bias=bias)
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    written_out = torch.ops.aten.baddbmm.default
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert (written_out in training.seen, kernel in training.seen) == (True, False)
+    assert (written_out in drawing.seen, kernel in drawing.seen) == (False, True)
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
