@@ -30,7 +30,8 @@ from longtake.models.tokens import Segment, Sequencer, TokenSequence, Video
 from longtake.models.ulysses import SharedTokens
 
 CHECKPOINTING = ("none", "selective", "full")
-# What selective checkpointing keeps: the results that are dear to compute again.
+# What selective checkpointing keeps: the results that are dear to compute again. Not baddbmm and
+# longtake::attend, by which a CPU writes attention out: they hold its weights, which are quadratic.
 _KEEP_PRODUCTS = partial(
     create_selective_checkpoint_contexts,
     [
@@ -327,7 +328,7 @@ class DiT(nn.Module):
 
     def set_checkpointing(self, kind: str) -> None:
         """What the backward pass finds of each block: `none` recomputes nothing; `selective` the
-        cheap steps between products and attention; `full` all but the block's input.
+        cheap steps, and attention that a CPU writes out; `full` all but the block's input.
 
         Raises:
             ValueError: another kind.

@@ -263,7 +263,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
         for probs, found, query, key, value in _by_heads(weights, out, q, k, v):
             logits = torch.baddbmm(start, query, key.transpose(1, 2), beta=beta, alpha=scale)
             torch.softmax(logits, -1, out=probs)
-            found.copy_(torch.bmm(probs, value))  # kept by selective checkpointing
+            found.copy_(torch.bmm(probs, value))  # in eager mode, selective checkpointing keeps it
     return out, weights
 
 
