@@ -81,6 +81,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@torch.compiler.disable  # else every composition of a pack is a graph of its own
 def _by_document(
     q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, documents: Documents
 ) -> Tensor:

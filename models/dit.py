@@ -253,7 +253,7 @@ class DiT(nn.Module):
 
         A pack is a list of B videos of any sizes, which bring level_index and extra along; so is
         its result, (C', T, H, W) each. With `budget` it is padded to as many tokens and the text
-        to L: all packs of B have the same shapes then, so that one compiled graph serves them.
+        to L: all packs of B have the same shapes then, so that compiled graphs serve them all.
 
         Raises:
             ValueError: a size that the patch size does not divide, a pack above its budget, or an

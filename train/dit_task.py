@@ -77,7 +77,7 @@ class DiTTask:
         self.captions = CaptionRows(config, device)
         self.conditions = Conditions(config, codec)
         self.in_packs = config.data.pack or self.conditions.has_segments
-        # One compiled graph serves packs that are padded alike.
+        # Compiled graphs serve all packs that are padded alike.
         pads = config.data.pack and config.speed.compile and not self.conditions.has_segments
         self.budget = config.data.cost.max_tokens if pads else None
         self.module = TextToVideo.from_config(config)

@@ -218,6 +218,30 @@ def test_packs_share_one_graph_on_the_kernel_for_packs(monkeypatch: pytest.Monke
     assert any(node.target is F.scaled_dot_product_attention for node in graphs[0].graph.nodes)
 
 
+def test_packs_share_graphs_on_a_cpu() -> None:
+    """However many compositions there are, the first has compiled all."""
+    dit = dit_from_diffusers(peer("one head"))
+    packs: list[list[Sample]] = [
+        [((1 + i % 3, 2 + i % 4, 2), 1 + i % 8, {}), ((2, 1 + i // 2, 2), 2, {})] for i in range(10)
+    ]
+    drawn = [draw(dit, pack) for pack in packs]
+    expected = [dit(videos, None, **rest) for videos, rest in drawn]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    dit.compile_blocks(backend=count)
+    found = [dit(drawn[0][0], None, budget=96, **drawn[0][1])]
+    first = len(graphs)
+    found += [dit(videos, None, budget=96, **rest) for videos, rest in drawn[1:]]
+    assert len(graphs) == first > 0
+    for one, wanted in zip(found, expected, strict=True):
+        same(dit, one, wanted)
+
+
 @pytest.mark.parametrize("in_bf16", [False, True])
 def test_checkpointing_recomputes_what_it_says(in_bf16: bool) -> None:
     """FLOPs of the matrix products in a step: selective repeats the logits of written-out

@@ -59,8 +59,8 @@ def pack_task(mixed: Path, *more: str) -> tuple[DiTTask, Engine]:
     return task, Engine(task.module, config.optim, config.engine, single_process())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_pack_is_its_samples_one_by_one(mixed: Path, compiled: bool) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_pack_is_its_samples_one_by_one(mixed: Path, padded: bool) -> None:
     """Losses and gradients, with samples given nothing, something in place, or noisy frames."""
     task, engine = pack_task(
         mixed,
@@ -68,7 +68,7 @@ def test_a_pack_is_its_samples_one_by_one(mixed: Path, compiled: bool) -> None:
         *("timesteps.base_tokens=80", "loss.weighting=sample"),
     )
     assert task.budget is None
-    task.budget = 480 if compiled else None  # as where its blocks are compiled
+    task.budget = 480 if padded else None  # as where its blocks are compiled
     plan = Plan.from_config(task.config.data, task.config.seed)
     batches = next(iter(Loader(plan, range(4))))
     assert all(len({sample.shape for sample in batch.samples}) > 1 for batch in batches)
