@@ -51,6 +51,7 @@ def start_from(
     place: str,
     patterns: Sequence[str] = (),
     prediction: str = "velocity",
+    rest_learns: bool = True,
 ) -> str:
     """Fill the module with the weights at `place`; says what was taken and what was not.
 
@@ -58,7 +59,7 @@ def start_from(
     DiT begin with `dit.` here. With patterns only what fits one of them is taken, and the rest
     stays as it is. `prediction` is that of a DiT. ValueError, and nothing is taken, where of the
     wanted names any is missing, unexpected, of another shape, or computes something else under this
-    config; it lists them all.
+    config, or where anything stays as it is that will not learn (`rest_learns`); it lists them all.
     """
     there, here = _weights_at(module, place), _weights_of(module, prediction)
     given, mine = there.tensors, here.tensors
@@ -89,11 +90,19 @@ def start_from(
             f"init_from={place} does not fit the config; set its keys alike, or name what to take "
             f"with init_names={list(patterns)}:\n  {listed}"
         )
+    rest = _summary(mine.keys() - taken.keys())
+    if rest and not rest_learns:
+        listed = "\n  ".join(rest)
+        raise ValueError(
+            f"init_from={place} with init_names={list(patterns)} leaves tensors at their initial "
+            "values, for good, because with lora only adapters are trained; take them too, leave "
+            f"them out of the config, or first train them without lora:\n  {listed}"
+        )
     module.load_state_dict(taken, strict=False)
     return "\n".join(
         [
             f"init_from={place}: {len(taken)} of {len(mine)} tensors are taken",
-            *(f"  stays as it was: {line}" for line in _summary(mine.keys() - taken.keys())),
+            *(f"  stays as it was: {line}" for line in rest),
             *(f"  is not taken: {line}" for line in _summary(given.keys() - taken.keys())),
         ]
     )

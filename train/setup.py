@@ -344,8 +344,10 @@ def _start(task: VAETask | DiTTask, config: VAERun | DiTRun) -> list[str]:
     """Weights of init_from, if any; what is to be said of it."""
     if config.init_from is None:
         return []
-    prediction = {"prediction": task.prediction} if isinstance(task, DiTTask) else {}
-    return [start_from(task.module, config.init_from, config.init_names, **prediction)]
+    more: dict[str, Any] = {}
+    if isinstance(config, DiTRun):
+        more = {"prediction": config.prediction, "rest_learns": config.lora is None}
+    return [start_from(task.module, config.init_from, config.init_names, **more)]
 
 
 def _resume(

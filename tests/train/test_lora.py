@@ -100,6 +100,26 @@ def test_only_adapters_learn_and_the_run_resumes(
     assert not torch.equal(load_dit(second).dit.head.weight, start["dit.head.weight"])
 
 
+def test_what_would_never_leave_its_initial_values_is_refused(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_here(options(shards, first, "train.steps=1")) == 0
+    lora = f"init_from={first}", "lora={rank:2,alpha:2,targets:[dit.head]}", "train.steps=1"
+    told = "numbers.form=embedding", "numbers.sources={fps: fps}"
+    for names, more, stays in (
+        ("[dit.*,text.*]", told, ["numbers.tokens.*.fc2.weight"]),
+        ("[dit.*]", told, ["numbers.tokens.*.fc2.weight", "text."]),
+        ("[text.*]", (), ["dit.patch_embed.weight"]),
+    ):
+        start = *lora, f"init_names={names}", *more
+        assert train_here(options(shards, second, *start)) == 1
+        said = capfd.readouterr().err
+        assert "or first train them without lora" in said
+        assert all(f"\n  {name}" in said for name in stays)
+    assert train_here(options(shards, second, *lora, "init_names=[dit.*,text.*]")) == 0
+
+
 def test_adapters_begin_without_a_change_and_wrong_targets_are_refused() -> None:
     config = compose_dit(["stage=dit", *DIT_SIZES])
     module = TextToVideo(DiT(config.model), TextEncoder(config.text), 8)
