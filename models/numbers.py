@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,11 @@ class NumberTokens(nn.Module):
     are zero. A text that fills the whole length shares its last rows with the numbers.
     """
 
-    def __init__(self, words: Sequence[str], text_dim: int) -> None:
+    def __init__(self, sources: Mapping[str, str], text_dim: int) -> None:
+        """sources: word → what its number measures, such as {motion: motion_score}."""
         super().__init__()
-        self.words = sorted(words)  # the order of the values
-        tokens = [MLP(NUM_WAVES, WIDTH, text_dim, "silu") for _ in self.words]
+        self.sources = dict(sorted(sources.items()))  # the order of the values
+        tokens = [MLP(NUM_WAVES, WIDTH, text_dim, "silu") for _ in self.sources]
         self.tokens = nn.ModuleList(tokens)
         for token in tokens:
             nn.init.zeros_(token.fc2.weight)
@@ -47,7 +48,7 @@ class NumberTokens(nn.Module):
         """Text (B, L, D) with numbers (B, n), which may be of any size: they are seen in waves with
         periods from 0.06 to 470."""
         assert text.lens is not None
-        (length, device), count = (text.embeds.shape[1], text.embeds.device), len(self.words)
+        (length, device), count = (text.embeds.shape[1], text.embeds.device), len(self.tokens)
         waves = timestep_embedding(to_device(values.nan_to_num(), device) / 10, NUM_WAVES)
         tokens = [token(waves[:, i]) for i, token in enumerate(self.tokens)]  # all, on every rank
         lens = (text.lens + count).clamp(max=length)

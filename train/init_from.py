@@ -136,7 +136,7 @@ def _weights_of(module: VAE | TextToVideo, prediction: str) -> Weights:
     if module.text is not None:
         keys |= _keys(text=module.text.config)
     if module.numbers is not None:
-        keys |= {"numbers.sources": module.numbers.words}
+        keys |= {"numbers.sources": module.numbers.sources}
     return Weights(module.state_dict(), keys)
 
 

@@ -127,8 +127,8 @@ def load_run(
     else:
         text = _fill(text, tensors, "text.", place, device)
     numbers = None
-    if words := config.numbers.embedded:
-        numbers = NumberTokens(words, config.model.text_dim)
+    if sources := config.numbers.embedded:
+        numbers = NumberTokens(sources, config.model.text_dim)
         numbers = _fill(numbers, tensors, "numbers.", place, device)
     return LoadedDiT(place, config, weights, dit, text, numbers)
 

@@ -178,9 +178,9 @@ class NumbersConfig:
         return {word: source for word, source in self.sources.items() if source is not None}
 
     @property
-    def embedded(self) -> list[str]:
-        """Words that are told as embeddings, in the order of their values."""
-        return sorted(self.told) if self.form == "embedding" else []
+    def embedded(self) -> dict[str, str]:
+        """Words that are told as embeddings and their sources, in the order of their values."""
+        return dict(sorted(self.told.items())) if self.form == "embedding" else {}
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class TextToVideo(nn.Module):
     def from_config(cls, config: DiTRun) -> TextToVideo:
         """Fresh weights, what config.freeze names not to be trained; errors as of `freeze`."""
         text = TextEncoder(config.text) if config.text.is_trained else None
-        dit, words = DiT(config.model), config.numbers.embedded
-        numbers = NumberTokens(words, config.model.text_dim) if words else None
+        dit, sources = DiT(config.model), config.numbers.embedded
+        numbers = NumberTokens(sources, config.model.text_dim) if sources else None
         module = cls(dit, text, config.text.max_length, numbers)
         freeze(module, config.freeze)
         return module

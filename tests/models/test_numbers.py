@@ -12,6 +12,7 @@ from longtake.models.sampler import TextInput
 
 LENGTHS = [3, 7, 8]  # of 8: room for both numbers, for one, for none
 VALUES = torch.tensor([[8.0, 0.3], [24.0, nan], [nan, 0.7]])
+SOURCES = {"motion": "motion_score", "fps": "fps"}
 UNTOLD = torch.full((3, 2), nan)
 
 
@@ -39,7 +40,7 @@ def predict(dit: DiT, text: TextInput) -> Tensor:
 
 
 def learnt() -> NumberTokens:
-    numbers = NumberTokens(["motion", "fps"], 12)
+    numbers = NumberTokens(SOURCES, 12)
     with torch.no_grad():
         for parameter in numbers.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -47,7 +48,7 @@ def learnt() -> NumberTokens:
 
 
 def test_a_fresh_module_computes_what_there_was_without_it(dit: DiT) -> None:
-    told = NumberTokens(["motion", "fps"], 12)(text(), VALUES)
+    told = NumberTokens(SOURCES, 12)(text(), VALUES)
     assert torch.equal(told.embeds, text().embeds)
     torch.testing.assert_close(predict(dit, told), predict(dit, text()), atol=1e-5, rtol=1e-5)
 
@@ -57,7 +58,7 @@ def test_what_is_not_told_changes_nothing(dit: DiT) -> None:
     told = numbers(text(), UNTOLD)
     assert torch.equal(told.embeds, text().embeds)
     torch.testing.assert_close(predict(dit, told), predict(dit, text()), atol=1e-5, rtol=1e-5)
-    assert numbers.words == ["fps", "motion"]  # whatever the order they are named in
+    assert list(numbers.sources) == ["fps", "motion"]  # whatever the order they are named in
     before = predict(dit, numbers(text(), VALUES))
     for row, column in ((0, 0), (0, 1), (1, 0), (2, 1)):
         other = VALUES.clone()
@@ -67,7 +68,7 @@ def test_what_is_not_told_changes_nothing(dit: DiT) -> None:
 
 
 def test_gradients_reach_every_layer_of_what_is_told(dit: DiT) -> None:
-    fresh = NumberTokens(["motion", "fps"], 12)
+    fresh = NumberTokens(SOURCES, 12)
     for numbers, layers in ((fresh, {"fc2"}), (learnt(), {"fc1", "fc2"})):
         predict(dit, numbers(text(), VALUES)).square().sum().backward()
         for name, parameter in numbers.named_parameters():

@@ -89,8 +89,8 @@ def write_dit_run(folder: Path, latents: Path, *overrides: str) -> Path:
     )
     assert isinstance(config, DiTRun)
     torch.manual_seed(1)
-    dit, text, words = DiT(config.model), TextEncoder(config.text), config.numbers.embedded
-    numbers = NumberTokens(words, config.model.text_dim) if words else None
+    dit, text, told = DiT(config.model), TextEncoder(config.text), config.numbers.embedded
+    numbers = NumberTokens(told, config.model.text_dim) if told else None
     module = TextToVideo(dit, text, config.text.max_length, numbers)
     if config.lora is not None:
         add_adapters(module, config.lora)

@@ -1,5 +1,6 @@
 """numbers.form=embedding: with every text encoder and codec, told, resumed, exported."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_numbers_are_learnt_told_and_kept(
     command = partial(_command, data, [*more, "samples.prompts=[red,blue]"])
     folder = train_and_resume(command, tmp_path)  # goes on as it did, and draws
     run = load_dit(folder)
-    assert run.numbers is not None and run.numbers.words == ["fps"]
+    assert run.numbers is not None and run.numbers.sources == {"fps": "fps"}
     assert run.numbers.state_dict()[LAST].any()
     painter = Painter(run, load_codec(run.config, folder=folder), SamplerConfig(2, 1.0, 1.0))
     with torch.no_grad():  # four steps from zero are too few to be seen in pixels
@@ -105,11 +106,14 @@ def test_a_start_without_them_or_with_others_is_said(road: Road, tmp_path: Path)
     assert not module.state_dict()[f"numbers.{LAST}"].any()
     start_from(module, str(run))
     assert module.state_dict()[f"numbers.{LAST}"].any()
-    other = write_dit_run(
-        tmp_path / "other", road.latents, TOLD[0], "numbers.sources={motion: fps}"
-    )
-    with pytest.raises(ValueError, match=r"numbers.sources is \['motion'\] there, .* \['fps'\]"):
-        start_from(module, str(other))
+    for told in ("motion: fps", "fps: motion"):  # another word, and another source of the same
+        sources = f"numbers.sources={{{told}}}"
+        other = write_dit_run(tmp_path / told, road.latents, TOLD[0], sources)
+        word, source = told.split(": ")
+        line = f"numbers.sources is {{'{word}': '{source}'}} there, the config has {{'fps': 'fps'}}"
+        with pytest.raises(ValueError, match=re.escape(line)):
+            start_from(module, str(other))
+        start_from(module, str(other), ["dit.*", "text.*"])
 
 
 def test_words_are_refused_where_captions_are_cached(umt5: Path, tmp_path: Path) -> None:
