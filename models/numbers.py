@@ -45,14 +45,16 @@ class NumberTokens(nn.Module):
             nn.init.zeros_(token.fc2.bias)
 
     def forward(self, text: TextInput, values: Tensor) -> TextInput:
-        """Text (B, L, D) with numbers (B, n), which may be of any size: they are seen in waves with
-        periods from 0.06 to 470."""
+        """Text (B, L, D) with numbers (B, n) of about 0.01 to 10⁴: they are seen in waves with
+        periods from 0.06 to 470, so scale what lies or differs outside of that range."""
         assert text.lens is not None
         (length, device), count = (text.embeds.shape[1], text.embeds.device), len(self.tokens)
         waves = timestep_embedding(to_device(values.nan_to_num(), device) / 10, NUM_WAVES)
+        waves = waves.to(next(self.parameters()).dtype)
         tokens = [token(waves[:, i]) for i, token in enumerate(self.tokens)]  # all, on every rank
         lens = (text.lens + count).clamp(max=length)
         places = lens[:, None] - count + torch.arange(count)
         is_here = torch.arange(length)[:, None] == places[:, None]  # (B, L, n)
         shares = (is_here & ~values.isnan()[:, None]).float()
-        return TextInput(text.embeds + to_device(shares, device) @ torch.stack(tokens, 1), lens)
+        added = to_device(shares, device) @ torch.stack(tokens, 1).float()  # (B, L, D)
+        return TextInput(text.embeds + added, lens)

@@ -78,3 +78,11 @@ def test_gradients_reach_every_layer_of_what_is_told(dit: DiT) -> None:
         predict(dit, numbers(text(), UNTOLD)).square().sum().backward()
         for parameter in numbers.parameters():
             assert parameter.grad is not None and not parameter.grad.any()  # ranks stay alike
+
+
+def test_weights_in_bf16_tell_the_same() -> None:
+    numbers = learnt()
+    expected = numbers(text(), VALUES)
+    found = numbers.bfloat16()(text(), VALUES)
+    assert (expected.embeds - text().embeds).abs().max() > 1
+    torch.testing.assert_close(found.embeds, expected.embeds, atol=0.1, rtol=0.05)
