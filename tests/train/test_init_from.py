@@ -23,6 +23,7 @@ from longtake.train.schema import DiTRun
 from longtake.train.setup import _start
 from longtake.train.text_to_video import TextToVideo
 from tests.train.small_runs import shake, write_dit_run
+from tests.train.tiny_runs import options, train_here
 
 BLOCKS = ["dit.blocks.*"]
 
@@ -210,3 +211,19 @@ def test_wrong_patterns_and_stages_are_refused(run: Path, config: DiTRun) -> Non
         start_from(make(config), str(run), ["dit.block.*"])
     with pytest.raises(ValueError, match="stage=dit, this is stage=vae"):
         start_from(VAE(VAEConfig(8, 4, (1, 2), (True,), 1)), str(run))
+
+
+def test_what_a_run_freezes_stays_as_it_started(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_here(options(shards, first, "train.steps=3")) == 0  # until gates are open
+    start = f"init_from={first}", "train.steps=2"
+    assert train_here(options(shards, second, *start, "freeze=[ditt.*]")) == 1
+    assert "freeze has ditt.*: nothing is called so" in capfd.readouterr().err
+    assert train_here(options(shards, second, *start, "freeze=[dit.*]")) == 0
+    given = checkpoint.load_full(first / "checkpoints" / "step-00000003", "ema")
+    found = checkpoint.load_full(second / "checkpoints" / "step-00000002", "param")
+    assert found.keys() == given.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, given[name]) == name.startswith("dit."), name
