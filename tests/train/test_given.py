@@ -17,11 +17,12 @@ from longtake.train.codec import Codec, load_codec
 from longtake.train.config import parse_config
 from longtake.train.given import Conditions, at_step, task_weights
 from longtake.train.given_files import read_given
-from longtake.train.runs import load_dit
+from longtake.train.runs import load_dit, load_vae
 from longtake.train.schema import DiTRun
 
 from .conftest import Road
-from .tiny_runs import options, train_here, tree
+from .small_runs import VAE_SIZES
+from .tiny_runs import losses, options, train_here, tree
 
 IDENTITY = Codec(3, (1, 1, 1), torch.tensor(0.0), torch.tensor(1.0))
 SAMPLE = PlannedSample(
@@ -107,9 +108,18 @@ def test_mistakes_are_named_at_the_start(more: tuple[str, ...], message: str) ->
         Conditions(config_of(*more), IDENTITY)
 
 
-def test_conditions_do_not_change_with_the_frames_to_be_generated(road: Road) -> None:
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_conditions_do_not_change_with_the_frames_to_be_generated(
+    road: Road, shards: Path, tmp_path: Path, is_trained: bool
+) -> None:
     """Through a causal VAE; and a clip's own latents of these frames do."""
     codec = load_codec(load_dit(road.dit).config, folder=road.dit)
+    if is_trained:
+        more = f"init_from={road.vae}", "optim.lr=3e-3", "tracking=jsonl"
+        assert train_here(options(shards, tmp_path, *more, task=["stage=vae", *VAE_SIZES])) == 0
+        told = losses(tmp_path)
+        assert told[12] < 0.8 * told[1]
+        codec = replace(codec, vae=load_vae(tmp_path, "raw").vae)
     for task, frames in (
         ("extend_forward", [0, 1, 2, 3, 4]),
         ("extend_backward", [10, 11, 12]),
