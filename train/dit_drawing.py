@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longtake.data.config import DataConfig
+from longtake.data.config import BucketConfig, DataConfig
 from longtake.data.loader import Batch, Clip
 from longtake.data.plan.costs import micro_batch_size, resolve_buckets
 from longtake.data.randomness import derive_seed
@@ -18,6 +18,7 @@ from longtake.models.sampler import Given, sample
 from longtake.models.tokens import Segment
 from longtake.train.caption_rows import known_numbers
 from longtake.train.engine import Engine
+from longtake.train.frame_rate import drawn_rate
 from longtake.train.given import Drawn, fitting_buckets, masks_of
 from longtake.train.painter import noise_for
 from longtake.train.playback import to_frames
@@ -30,47 +31,56 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> list[Drawing]:
     """Samples for samples.prompts, or for the captions of the first validation clips, which are
-    drawn again from their own frames under every task that gives some. Where the clips are videos
-    and t2i is trained, images of the same texts besides.
+    drawn again from their own frames under every task that gives some. Where these are videos and
+    t2i is trained, images of the same texts besides. Without clips, prompts are drawn by the
+    longest bucket.
 
     All prompts of the config start from one noise: two that differ in a word are a minimal pair.
     No more are drawn at once than a micro-batch of their shape holds.
     """
-    clips = [clip for batch in batches for clip in batch.clips]
-    if not clips:
+    config, clips = task.config, [clip for batch in batches for clip in batch.clips]
+    if not clips and not config.samples.prompts:
         return []
-    captions, bucket = [clip.caption for clip in clips], clips[0].sample.shape
-    drawings = _draw_texts(task, engine, clips, "sample", bucket)
-    if bucket[0] > 1 and "t2i" in task.config.trained_tasks:
-        images = fitting_buckets(task.config, ["t2i"], task.codec.strides[0])
-        largest = max(images, key=lambda image: image.height * image.width)
-        # An image has no scores of a video, nor a rate but the one that all are told.
-        still = [replace(clip, fps=task.config.data.fps or 0.0, scores={}) for clip in clips]
-        size = (largest.frames, largest.height, largest.width)
-        drawings += _draw_texts(task, engine, still, "t2i", size)
-    length = task.conditions.latent_shape(clips[0].sample)[0]
-    most = _micro_batch_size(task.config.data, bucket)
-    parts = [slice(start, start + most) for start in range(0, len(clips), most)]
-    for name in task.config.trained_tasks:
+    if clips:
+        size, fps = clips[0].sample.shape, clips[0].fps
+    else:
+        size = _size(max(config.data.buckets, key=lambda bucket: bucket.frames))
+        fps = drawn_rate(config, size[0])
+    drawings = _draw_texts(task, engine, clips, "sample", size, fps)
+    if size[0] > 1 and "t2i" in config.trained_tasks:
+        images = fitting_buckets(config, ["t2i"], task.codec.strides[0])
+        largest = _size(max(images, key=lambda image: image.height * image.width))
+        rate = drawn_rate(config, 1)
+        still = [replace(clip, fps=rate, scores={}) for clip in clips]  # scores are of the video
+        drawings += _draw_texts(task, engine, still, "t2i", largest, rate)
+    for name in config.trained_tasks if clips else ():
+        length = task.conditions.latent_shape(clips[0].sample)[0]
         if task.conditions.unfit(name, length):
             continue
         drawn = task.conditions.fixed(name, length)
         if drawn.frames.runs:
+            most = _micro_batch_size(config.data, size)
+            parts = [slice(start, start + most) for start in range(0, len(clips), most)]
             videos = [
                 _draw_given(task, engine, replace(batches[0], clips=clips[part]), part.start, drawn)
                 for part in parts
             ]
-            drawings += _named(name, torch.cat(videos), captions, clips[0].fps)
+            drawings += _named(name, torch.cat(videos), [clip.caption for clip in clips], fps)
     return drawings
 
 
 def _draw_texts(
-    task: DiTTask, engine: Engine, clips: Sequence[Clip], name: str, size: tuple[int, int, int]
+    task: DiTTask,
+    engine: Engine,
+    clips: Sequence[Clip],
+    name: str,
+    size: tuple[int, int, int],
+    fps: float,
 ) -> list[Drawing]:
     """samples.prompts, or the captions of the clips, drawn at this bucket's (T, H, W)."""
     fixed, captions = task.config.samples.prompts, task.captions
     if fixed:
-        told = [known_numbers(task.config, clips[0].fps)] * len(fixed)
+        told = [known_numbers(task.config, fps)] * len(fixed)
         rows = captions.of_texts(fixed, told)
     else:
         told, rows = [captions.known(clip) for clip in clips], captions.whole(clips)
@@ -78,12 +88,16 @@ def _draw_texts(
     shape, most = task.codec.latent_shape(*size)[1:], _micro_batch_size(task.config.data, size)
     parts = [slice(start, start + most) for start in range(0, len(rows), most)]
     videos = [_draw(task, engine, rows[p], told[p], noises[p], shape) for p in parts]
-    return _named(name, torch.cat(videos), fixed or [clip.caption for clip in clips], clips[0].fps)
+    return _named(name, torch.cat(videos), fixed or [clip.caption for clip in clips], fps)
+
+
+def _size(bucket: BucketConfig) -> tuple[int, int, int]:
+    return bucket.frames, bucket.height, bucket.width
 
 
 def _micro_batch_size(data: DataConfig, shape: tuple[int, int, int]) -> int:
     data = resolve_buckets(data)
-    buckets = [b for b in data.buckets if (b.frames, b.height, b.width) == shape]
+    buckets = [bucket for bucket in data.buckets if _size(bucket) == shape]
     return micro_batch_size(buckets[0], data)
 
 

@@ -143,18 +143,21 @@ class DiTTask:
         """Flow loss on fixed noise, at the levels of validation.noise_levels, for every bucket and
         task of the run: `loss/t0.50/9x16x16/i2v` is one cell of this matrix.
 
-        `loss` is the mean over clips and levels of the first task (t2v where it is trained), so are
-        `loss/t0.50` of one level and `loss/9x16x16` of one bucket; `loss/i2v` that of a task.
+        `loss` is the mean over clips and levels, each clip under the first task that it can serve
+        (t2v or t2i where they are trained), so are `loss/t0.50` of one level and `loss/9x16x16` of
+        one bucket; `loss/i2v` is that of a task.
         """
         means, tasks = Means(), self.config.trained_tasks
         for batch in batches:
             text = self.captions.whole(batch.clips)
-            for task in tasks:
-                for level, loss in self._losses(engine, batch, text, task).items():
+            served = [(task, self._losses(engine, batch, text, task)) for task in tasks]
+            served = [(task, losses) for task, losses in served if losses]
+            for place, (task, losses) in enumerate(served):
+                for level, loss in losses.items():
                     shape = "x".join(str(size) for size in batch.clips[0].sample.shape)
                     at = f"loss/t{level_name(level)}"
                     names = [f"{at}/{shape}/{task}", f"loss/{task}"]
-                    if task == tasks[0]:
+                    if place == 0:
                         names += ["loss", at, f"loss/{shape}"]
                     for name in names if batch.counted else ():  # else it keeps ranks in step
                         means.add(name, loss, len(batch.clips))

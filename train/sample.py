@@ -58,6 +58,8 @@ class SampleRequest:
         require(0 <= level < 1, f"given_noise={level} must lie in [0, 1)")
         is_rate = fps is None or (math.isfinite(fps) and fps > 0)
         require(is_rate, f"fps={fps} must be positive frames per second")
+        for word, value in self.numbers.items():
+            require(math.isfinite(value), f"numbers.{word}={value} must be finite")
         for name in ("num_videos", "batch_size"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be at least 1")
 

@@ -110,6 +110,12 @@ def test_values_that_mean_nothing_are_refused_by_name(name: str, values: tuple[f
             SampleRequest(PROMPTS, **{name: value})  # pyright: ignore[reportArgumentType]
 
 
+def test_numbers_that_mean_nothing_are_refused_by_name() -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"numbers.motion={value} must be finite"):
+            SampleRequest(PROMPTS, numbers={"motion": value})
+
+
 def test_what_evaluates_refuses_them_too() -> None:
     with pytest.raises(ValueError, match="batch_size=0 must"):
         EvaluateOptions(batch_size=0)

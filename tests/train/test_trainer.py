@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longtake.data.decode import probe
+from longtake.train import dit_drawing
 from longtake.train.run_folder import (
     RUNNING,
     FolderLock,
@@ -17,6 +19,7 @@ from longtake.train.run_folder import (
     mark,
     read_marker,
 )
+from longtake.train.tasks import Drawing
 from tests.train.forked import import_before_fork, run_ranks
 from tests.train.small_runs import write_world
 from tests.train.tiny_runs import (
@@ -296,8 +299,20 @@ def test_a_dit_run_draws_its_prompts(shards: Path, tmp_path: Path) -> None:
     assert probe((drawn / "sample-01.mp4").read_bytes()).frames == 5
 
 
-def test_a_run_with_images_first_draws_videos(shards: Path, tmp_path: Path) -> None:
-    """Then images of the same texts, where t2i is trained: by the largest bucket of images."""
+def test_a_run_with_images_first_draws_videos(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then images of the same texts, where t2i is trained: by the largest bucket of images, told
+    the rate of the images."""
+    rates = {}
+    draw = dit_drawing._draw_texts
+
+    def spy(*inputs: Any) -> list[Drawing]:
+        rates[inputs[3]] = inputs[5]
+        return draw(*inputs)
+
+    monkeypatch.setattr(dit_drawing, "_draw_texts", spy)
+    monkeypatch.setattr(dit_drawing, "drawn_rate", lambda config, frames: {1: 3.0}[frames])
     images = [write_world(tmp_path / f"images{w}", frames=1, width=w) for w in (16, 32)]
     sizes = (1, 16), (1, 32), (5, 16)
     buckets = ", ".join(f"{{frames:{n},height:16,width:{w},batch_size:2}}" for n, w in sizes)
@@ -318,6 +333,31 @@ def test_a_run_with_images_first_draws_videos(shards: Path, tmp_path: Path) -> N
         clip = probe((drawn / f"{name}.mp4").read_bytes())
         assert clip.frames == frames and clip.width % width == 0
         assert clip.width // clip.height == width // 16
+    assert rates == {"sample": 8.0, "t2i": 3.0}
+
+
+def test_prompts_are_drawn_without_validation_clips(shards: Path, tmp_path: Path) -> None:
+    more = "data.val=[]", "samples.prompts=[red, blue]", "tasks={t2v: 1, i2v: 1}"
+    assert train_here([*options(shards, tmp_path), *more, "train.sample_every=4"]) == 0
+    drawn = tmp_path / "samples" / "step-00000004"
+    assert json.loads((drawn / "prompts.json").read_text()) == {
+        "sample-00": "red",
+        "sample-01": "blue",
+    }
+    assert probe((drawn / "sample-01.mp4").read_bytes()).frames == 5
+
+
+def test_each_clip_counts_once_in_the_loss_of_validation(shards: Path, tmp_path: Path) -> None:
+    """Under the first task that it can serve, whatever is trained besides."""
+    more = "tasks={t2v: 0, t2i: 1, i2v: 1}", "train.steps=1", "train.val_every=1"
+    images = write_world(tmp_path / "images", frames=1)
+    sizes = ", ".join(f"{{frames:{n},height:16,width:16,batch_size:2}}" for n in (1, 5))
+    listed = ", ".join(f"{{path: {p}, captions: {{short: 1}}}}" for p in (images, shards / "train"))
+    data = f"data.train=[{listed}]", f"data.buckets=[{sizes}]"
+    overrides = [o for o in options(shards, tmp_path / "run") if not o.startswith("data.train.0")]
+    assert train_here([*overrides, *data, *more]) == 0
+    found = losses(tmp_path / "run", "val/loss")
+    assert found and found == losses(tmp_path / "run", "val/loss/i2v")
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(
