@@ -1,6 +1,7 @@
 """What the data config says, checked; the training config embeds these dataclasses."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from longtake.data.decode import DECODERS, RESIZES
@@ -24,9 +25,19 @@ class BucketConfig:
     optional: bool = False
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height, width."""
+        return self.frames, self.height, self.width
+
+    @property
     def name(self) -> str:
         """Shape as printed in messages."""
-        return f"{self.frames}x{self.height}x{self.width}"
+        return shape_name(self.shape)
+
+
+def shape_name(shape: Iterable[int]) -> str:
+    """How clips (T, H, W) are called in messages and logs: 17x256x256."""
+    return "x".join(map(str, shape))
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from longtake.data.config import shape_name
 from longtake.data.plan import Plan, rank_slots
 from longtake.launch.compose import as_json
 from longtake.models.discriminator import Discriminator
@@ -56,7 +57,7 @@ def _plan_lines(config: VAERun | DiTRun, world_size: int) -> Iterator[str]:
         for rank in range(world_size):
             for slot in rank_slots(plan.num_slots, rank // degree, world_size // degree):
                 batch = plan.micro_batch(step, slot)
-                shape = "x".join(map(str, batch.samples[0].shape))
+                shape = shape_name(batch.samples[0].shape)
                 keys = ", ".join(sample.key for sample in batch.samples)
                 where = f"step {step}, rank {rank}, slot {slot}"
                 yield f"{where}: {shape}, cost {batch.cost:.3g}: {keys}"

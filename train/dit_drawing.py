@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longtake.data.config import BucketConfig, DataConfig
+from longtake.data.config import DataConfig
 from longtake.data.loader import Batch, Clip
 from longtake.data.plan.costs import micro_batch_size, resolve_buckets
 from longtake.data.randomness import derive_seed
@@ -44,17 +44,19 @@ def draw_samples(task: DiTTask, engine: Engine, batches: Sequence[Batch]) -> lis
     if clips:
         size, fps = clips[0].sample.shape, clips[0].fps
     else:
-        size = _size(max(config.data.buckets, key=lambda bucket: bucket.frames))
+        size = max(config.data.buckets, key=lambda bucket: bucket.frames).shape
         fps = drawn_rate(config, size[0])
     drawings = _draw_texts(task, engine, clips, "sample", size, fps)
     if size[0] > 1 and "t2i" in config.trained_tasks:
         images = fitting_buckets(config, ["t2i"], task.codec.strides[0])
-        largest = _size(max(images, key=lambda image: image.height * image.width))
+        largest = max(images, key=lambda image: image.height * image.width).shape
         rate = drawn_rate(config, 1)
         still = [replace(clip, fps=rate, scores={}) for clip in clips]  # scores are of the video
         drawings += _draw_texts(task, engine, still, "t2i", largest, rate)
-    for name in config.trained_tasks if clips else ():
-        length = task.conditions.latent_shape(clips[0].sample)[0]
+    if not clips:
+        return drawings
+    length = task.conditions.latent_shape(clips[0].sample)[0]
+    for name in config.trained_tasks:
         if task.conditions.unfit(name, length):
             continue
         drawn = task.conditions.fixed(name, length)
@@ -91,13 +93,9 @@ def _draw_texts(
     return _named(name, torch.cat(videos), fixed or [clip.caption for clip in clips], fps)
 
 
-def _size(bucket: BucketConfig) -> tuple[int, int, int]:
-    return bucket.frames, bucket.height, bucket.width
-
-
 def _micro_batch_size(data: DataConfig, shape: tuple[int, int, int]) -> int:
     data = resolve_buckets(data)
-    buckets = [bucket for bucket in data.buckets if _size(bucket) == shape]
+    buckets = [bucket for bucket in data.buckets if bucket.shape == shape]
     return micro_batch_size(buckets[0], data)
 
 

@@ -9,6 +9,7 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor
 
+from longtake.data.config import shape_name
 from longtake.data.loader import Batch, Clip
 from longtake.data.plan import PlannedSample
 from longtake.data.randomness import uniform
@@ -154,7 +155,7 @@ class DiTTask:
             served = [(task, losses) for task, losses in served if losses]
             for place, (task, losses) in enumerate(served):
                 for level, loss in losses.items():
-                    shape = "x".join(str(size) for size in batch.clips[0].sample.shape)
+                    shape = shape_name(batch.clips[0].sample.shape)
                     at = f"loss/t{level_name(level)}"
                     names = [f"{at}/{shape}/{task}", f"loss/{task}"]
                     if place == 0:

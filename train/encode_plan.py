@@ -122,7 +122,7 @@ def data_config(
         height, width = options.size or (first.height, first.width)
         buckets, lengths = [BucketConfig(options.frames or first.frames, height, width, 1)], []
     for bucket in buckets:
-        loaded.vae.config.latent_shape(bucket.frames, bucket.height, bucket.width)
+        loaded.vae.config.latent_shape(*bucket.shape)
     kinds = options.caption_kinds or caption_kinds(catalogue)
     dataset = DatasetConfig(
         str(shards),

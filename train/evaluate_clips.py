@@ -208,7 +208,7 @@ def plan_clips(
         fps=options.fps or cached or settings.fps,
     )
     for bucket in config.buckets:
-        shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        shape = codec.latent_shape(*bucket.shape)
         run.dit.config.grid(shape[1:])
     plan = ValPlan.from_config(config, run.config.seed, options.num_clips)
     if plan.tables[0].info.holds_latents:

@@ -195,7 +195,7 @@ def verify(
     """
     sampler = sampler_of(run.config, steps=min(VERIFY_STEPS, run.config.samples.steps))
     painter = Painter(run, codec, sampler)
-    shape = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+    shape = codec.latent_shape(*bucket.shape)
     noise = torch.stack([noise_for(index, shape) for index, _ in enumerate(VERIFY_PROMPTS)])
     worst = {}
     for task in track(tasks, description="verify"):
@@ -205,7 +205,7 @@ def verify(
         images = torch.rand((3, len(frames), bucket.height, bucket.width), generator=seeded)
         images = images.mul(255).round().div(255)  # survive the way through an image
         if frames:
-            clip = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width)
+            clip = torch.zeros(1, 3, *bucket.shape)
             clip[0, :, frames] = images * 2 - 1
             given = GivenClips(clip, wanted)
         ours = painter.draw(VERIFY_PROMPTS, noise, given).add(1).div(2)

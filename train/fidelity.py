@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longtake.data.config import DataConfig
+from longtake.data.config import DataConfig, shape_name
 from longtake.data.plan.draws import Draws
 from longtake.data.plan.lanes import Place
 from longtake.data.plan.planned import PlannedSample
@@ -199,7 +199,7 @@ class VideoDetector:
     @torch.no_grad()
     def __call__(self, clips: Tensor) -> Tensor:
         """(B, D) features on the CPU; ValueError where the module cannot take the clips."""
-        shape = "x".join(map(str, clips.shape[2:]))
+        shape = shape_name(clips.shape[2:])
         try:
             features = self.module(clips.to(self.device) * 2 - 1, **self.arguments)
         except (RuntimeError, torch.jit.Error) as error:

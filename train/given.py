@@ -174,7 +174,7 @@ def needed_segments(config: DiTRun, manifest: LatentManifest) -> list[str]:
     """The pieces that the tasks of a run may take from latents, at any of their draws."""
     patch, stride, names = config.model.patch_size[0], manifest.strides[0], []
     for bucket, task in product(config.data.buckets, config.trained_tasks):
-        count = manifest.latent_shape((bucket.frames, bucket.height, bucket.width))[1]
+        count = manifest.latent_shape(bucket.shape)[1]
         shown = set()
         for number in range(0 if unfit(task, count, patch) else count):  # reach every length
             given = given_frames(
@@ -211,10 +211,7 @@ def fitting_buckets(config: DiTRun, tasks: Sequence[str], stride: int) -> list[B
 
 def check_lengths(config: DiTRun, codec: Codec) -> None:
     """ValueError where tasks and buckets do not fit together, with the reason."""
-    lengths = {
-        bucket.name: codec.latent_shape(bucket.frames, bucket.height, bucket.width)[1]
-        for bucket in config.data.buckets
-    }
+    lengths = {bucket.name: codec.latent_shape(*bucket.shape)[1] for bucket in config.data.buckets}
     patch = config.model.patch_size[0]
     for task in config.trained_tasks:
         reasons = {name: unfit(task, length, patch) for name, length in lengths.items()}

@@ -332,7 +332,7 @@ def _build_task(config: VAERun | DiTRun, folder: Path, ranks: Ranks) -> VAETask 
         return VAETask(config, ranks)
     codec = load_codec(config, folder=folder, device=ranks.device)
     for bucket in config.data.buckets:
-        latents = codec.latent_shape(bucket.frames, bucket.height, bucket.width)
+        latents = codec.latent_shape(*bucket.shape)
         config.model.grid(latents[1:])
     task = DiTTask(config, ranks.device, codec)
     if ranks.sequence_group is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.data.config import shape_name
 from longtake.data.loader import Clip
 from longtake.data.plan.val_plan import ValPlan
 from longtake.data.world import score_clip
@@ -19,11 +20,6 @@ from longtake.train.ranks import Ranks
 from longtake.train.schema import VAERun
 
 FVD_KEY = "validation.fvd_weights"
-
-
-def bucket_name(shape: tuple[int, ...]) -> str:
-    """How a bucket of clips (T, H, W) is called in the log: 17x256x256."""
-    return "x".join(map(str, shape))
 
 
 def world_scores(clip: Clip, pixels: Tensor) -> dict[str, float]:
@@ -56,7 +52,7 @@ class ReconstructionDistance:
         """ValueError for a detector that cannot take the buckets, or for too few clips."""
         self.ranks = ranks
         self.detector = VideoDetector(Path(path), ranks.device, FVD_KEY)
-        shapes = [(b.frames, b.height, b.width) for b in config.data.buckets if b.frames > 1]
+        shapes = [b.shape for b in config.data.buckets if b.frames > 1]
         require(
             len(shapes) > 0,
             f"{FVD_KEY}={path} needs clips of more than one frame, data.buckets has images only: "
@@ -72,7 +68,7 @@ class ReconstructionDistance:
     def check_pass(self, plan: ValPlan) -> None:
         """See what a validation pass shows; ValueError for too few clips that are no images."""
         shapes = Counter(s.shape for batch in plan.micro_batches(0, 1) for s in batch.samples)
-        by_bucket = {bucket_name(shape): n for shape, n in shapes.items() if shape[0] > 1}
+        by_bucket = {shape_name(shape): n for shape, n in shapes.items() if shape[0] > 1}
         videos = sum(by_bucket.values())
         require(
             videos > self.num_features,
@@ -90,7 +86,7 @@ class ReconstructionDistance:
     def add(self, drawn: Tensor, truth: Tensor) -> None:
         """Count clips (B, 3, T, H, W) in [0, 1]."""
         if truth.shape[2] > 1:
-            mine = self._features[bucket_name(truth.shape[2:])]
+            mine = self._features[shape_name(truth.shape[2:])]
             for features, clips in zip(mine, (truth, drawn), strict=True):
                 features += self.detector(clips).tolist()
 

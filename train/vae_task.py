@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from longtake.data.config import shape_name
 from longtake.data.loader import Batch
 from longtake.data.plan.planned import PlannedSample
 from longtake.data.randomness import uniform
@@ -27,7 +28,7 @@ from longtake.train.optim import freeze
 from longtake.train.playback import to_frames
 from longtake.train.schema import VAERun
 from longtake.train.tasks import Drawing, LossSum, Means, normal_draws
-from longtake.train.vae_judges import FVD_KEY, ReconstructionDistance, bucket_name, world_scores
+from longtake.train.vae_judges import FVD_KEY, ReconstructionDistance, world_scores
 from longtake.train.vae_schema import changes, measured_terms
 
 ERRORS = {
@@ -74,7 +75,7 @@ class VAETask:
         self.config = config
         self.device = ranks.device
         for bucket in config.data.buckets:
-            config.vae.latent_shape(bucket.frames, bucket.height, bucket.width)
+            config.vae.latent_shape(*bucket.shape)
         self.module = VAE(config.vae)
         freeze(self.module, config.freeze)
         if config.speed.compile:
@@ -171,7 +172,7 @@ class VAETask:
             pixels, posterior = self._reconstruct(engine, video)
             if not batch.counted:  # keeps the ranks in step, belongs to nobody
                 continue
-            bucket = bucket_name(video.shape[2:])
+            bucket = shape_name(video.shape[2:])
             for name, values in self._figures(pixels, video).items():
                 for key in (name, f"{name}/{bucket}"):
                     means.add(key, values.double().sum().item(), len(values))

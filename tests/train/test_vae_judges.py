@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtake.data.config import shape_name
 from longtake.data.plan.planned import PlannedSample
 from longtake.data.plan.val_plan import ValPlan
 from longtake.data.reader import Clip
@@ -15,14 +16,14 @@ from longtake.train.main import run
 from longtake.train.playback import to_pixels
 from longtake.train.ranks import single_process
 from longtake.train.schema import VAERun
-from longtake.train.vae_judges import ReconstructionDistance, bucket_name, world_scores
+from longtake.train.vae_judges import ReconstructionDistance, world_scores
 from longtake.train.vae_task import VAETask
 from tests.train.metric_weights import save_detector
 from tests.train.small_runs import BUCKET, COMMON, FRAMES, SIDE, VAE_SIZES, write_world
 from tests.train.tiny_runs import losses, tree
 
 SHAPE = FRAMES, SIDE, SIDE
-NAME = bucket_name(SHAPE)
+NAME = shape_name(SHAPE)
 
 
 def clip_of(index: int) -> Clip:
@@ -153,7 +154,7 @@ def test_a_bucket_of_few_videos_goes_without_rfvd_and_it_is_said(
     write_world(tmp_path / "wide", num_clips=4, width=2 * SIDE)
     both = f"[{{path:{tmp_path}/world}},{{path:{tmp_path}/wide}}]"
     wide = f"{{frames:{FRAMES},height:{SIDE},width:{2 * SIDE},batch_size:2}}"
-    name = bucket_name((FRAMES, SIDE, 2 * SIDE))
+    name = shape_name((FRAMES, SIDE, 2 * SIDE))
     detector = f"validation.fvd_weights={save_detector(tmp_path / 'i3d.pt')}"
     mixed = f"data.buckets=[{BUCKET},{wide}]", f"data.train={both}", f"data.val={both}"
     few = "validation.num_samples=7"  # four of the one, three of the other
